@@ -1,0 +1,350 @@
+"""Packed shared-prefix batches: each image and each prompt once, however many responses follow it.
+
+A batch is ONE row of T tokens without padding. It holds groups; a group is a tree of segments, written in
+pre-order:
+
+    [ root | question a | chosen | rejected | chosen | rejected | question b | chosen | rejected ] [ root ...
+
+root      longest common token prefix of the group's prompts: the image level; all of it when prompts are equal
+question  what is left of a prompt; pairs with equal prompts share it; absent when nothing is left
+responses the tokens of one answer, never shared
+
+A token sees itself, what stands before it in its own segment, and its segment's ancestors; position ids
+continue from the parent's end. So every hidden state equals the one of the plain sequence prompt + response.
+In pre-order each segment's subtree is one interval, which makes the whole rule `j <= i < subtree_end[j]`
+(query i, key j).
+
+Torch only. The attention that reads the layout, and the model call, are in `shared_attention.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to its full length."""
+
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the row; `parent` indexes `SharedPrefixLayout.segments` (-1: root of a group);
+    `position` is the position id of the first token."""
+
+    start: int
+    stop: int
+    parent: int
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefixLayout:
+    """Who sees whom in a packed row of T tokens.
+
+    segments     all segments in row order
+    groups       per group (root length, tail length); groups follow each other without gaps
+    subtree_end  (T,) int64: end of the subtree of each token's segment
+
+    Masks are computed once per layout and dtype, on the device of `subtree_end`, at their first use.
+    """
+
+    segments: tuple[Segment, ...]
+    groups: tuple[tuple[int, int], ...]
+    subtree_end: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the length of the row."""
+        return sum(root + tail for root, tail in self.groups)
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}  # no dataclass field, so that replace(), hence .to() and FSDP's input casts, starts afresh
+
+    def tail_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Per group the additive mask (1, 1, tail, root + tail) of its tail queries: 0 is seen, -inf hidden."""
+        if dtype not in self._cache:
+            self._cache[dtype] = tuple(self._tail_masks(dtype))
+        return self._cache[dtype]
+
+    def _tail_masks(self, dtype: torch.dtype):
+        start = 0
+        for root, tail in self.groups:
+            stop = start + root + tail
+            query = torch.arange(start + root, stop, device=self.subtree_end.device)[:, None]
+            key = torch.arange(start, stop, device=self.subtree_end.device)
+            hidden = (key > query) | (query >= self.subtree_end[start:stop])
+            # Rows padded to 16 elements: CUDA's memory-efficient kernel would else copy the mask per layer.
+            mask = torch.zeros(tail, -(-(root + tail) // 16) * 16, dtype=dtype, device=hidden.device)
+            yield mask[:, : root + tail].masked_fill_(hidden, float("-inf"))[None, None]
+            start = stop
+
+    def block_mask(self):
+        """`torch.nn.attention.flex_attention.BlockMask` of the whole row, from block-wise minima and maxima
+        of `subtree_end`: nothing of size T x T is made. Blocks that only might hold a visible key count as
+        partial."""
+        if "block_mask" not in self._cache:
+            self._cache["block_mask"] = self._block_mask()
+        return self._cache["block_mask"]
+
+    def _block_mask(self):
+        from torch.nn.attention.flex_attention import BlockMask
+
+        end, length = self.subtree_end, self.num_tokens
+        num_blocks = -(-length // FLEX_BLOCK)
+        padded = end.new_zeros(num_blocks * FLEX_BLOCK)
+        padded[:length] = end
+        largest = padded.view(num_blocks, FLEX_BLOCK).amax(1)
+        padded[length:] = end.max()
+        smallest = padded.view(num_blocks, FLEX_BLOCK).amin(1)
+        start = torch.arange(num_blocks, device=end.device) * FLEX_BLOCK
+        stop = (start + FLEX_BLOCK).clamp(max=length)
+        seen = (start[None] <= start[:, None]) & (largest[None] > start[:, None])
+        full = (start[None] < start[:, None]) & (smallest[None] >= stop[:, None])
+
+        def visible(batch, head, query, key):
+            return (key <= query) & (query < end[key])
+
+        def blocks(table):
+            order = torch.argsort(table.int(), dim=-1, descending=True, stable=True)
+            return table.sum(-1).int()[None, None], order.int()[None, None].contiguous()
+
+        return BlockMask.from_kv_blocks(
+            *blocks(seen & ~full),
+            *blocks(full),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=visible,
+            seq_lengths=(length, length),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixLayout:
+        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SharedPrefixLayout:
+        return _map_tensors(self, torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """n pairs packed into one row of T tokens; K response tokens in all.
+
+    input_ids, position_ids  (1, T) int64
+    layout                   see SharedPrefixLayout
+    logits_to_keep           (K,) int64 positions whose logits predict `targets`; a last prompt token is in it
+                             once for each response that starts there
+    targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
+    response_of              (K,) int64 in [0, 2n): i for the chosen, n + i for the rejected response of pair i,
+                             pairs numbered in the order they were given
+    lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
+    num_image_tokens         placeholders in the row (0 when `pack` was not told the image token)
+    num_unshared_tokens      tokens the plain path needs for the same pairs, without its padding
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: SharedPrefixLayout
+    logits_to_keep: torch.Tensor
+    targets: torch.Tensor
+    response_of: torch.Tensor
+    lengths: torch.Tensor
+    response_lengths: tuple[int, ...]
+    num_image_tokens: int
+    num_unshared_tokens: int
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.response_lengths) // 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with every tensor on `device`, the layout's too (DDP and accelerate do not look inside)."""
+        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Called by `DataLoader(pin_memory=True)`."""
+        return _map_tensors(self, torch.Tensor.pin_memory)
+
+
+def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
+    changes = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            changes[field.name] = move(value)
+        elif isinstance(value, SharedPrefixLayout):
+            changes[field.name] = _map_tensors(value, move)
+    return dataclasses.replace(batch, **changes)
+
+
+def pack(groups: Sequence[Sequence[Pair]], image_token_id: int | None = None) -> PackedBatch:
+    """Pack groups of pairs into one row. The pairs of a group share one image, or are text-only.
+
+    Raises ValueError naming group and pair for an empty group, prompt or response, and, given
+    `image_token_id`, for image tokens behind the point where the group's prompts part (the image would stand
+    in the row twice).
+    """
+    row = _Row(image_token_id)
+    pair_index = 0
+    for number, group in enumerate(groups):
+        _check_group(number, group)
+        row.add_group(number, group, pair_index)
+        pair_index += len(group)
+    if pair_index == 0:
+        raise ValueError("nothing to pack: no group was given")
+    return row.finish()
+
+
+def _check_group(number: int, group: Sequence[Pair]) -> None:
+    if len(group) == 0:
+        raise ValueError(f"group {number} holds no pair: leave it out")
+    for index, pair in enumerate(group):
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            if len(getattr(pair, name)) == 0:
+                raise ValueError(f"group {number}, pair {index}: {name} is empty, at least one token is needed")
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    # The longest common prefix of all is that of the smallest and the largest in lexicographic order.
+    low, high = min(prompts), max(prompts)
+    return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(low, high)))
+
+
+class _Row:
+    """Collects the segments of a row; `finish` turns them into tensors."""
+
+    def __init__(self, image_token_id: int | None):
+        self.image_token_id = image_token_id
+        self.ids: list[int] = []
+        self.segments: list[Segment] = []
+        self.groups: list[tuple[int, int]] = []
+        self.responses: dict[tuple[str, int], tuple[list[int], Sequence[int]]] = {}
+        self.unshared = 0
+
+    def add_group(self, number: int, group: Sequence[Pair], first_pair: int) -> None:
+        start = len(self.ids)
+        prompts = [tuple(pair.prompt_ids) for pair in group]
+        shared = _common_prefix(prompts)
+        if self.image_token_id is not None:
+            for index, prompt in enumerate(prompts):
+                if self.image_token_id in prompt[shared:]:
+                    raise ValueError(
+                        f"group {number}, pair {index}: image tokens after the prompts' common prefix of"
+                        f" {shared} tokens; pairs share an image only when it stands before their questions:"
+                        " put this pair into a group of its own"
+                    )
+        root = self._add_segment(prompts[0][:shared], parent=-1) if shared else -1
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_prompt.setdefault(prompt, []).append(index)
+        for prompt, indices in by_prompt.items():
+            leaf = self._add_segment(prompt[shared:], parent=root) if len(prompt) > shared else root
+            for index in indices:
+                pair = group[index]
+                self._add_response("chosen", first_pair + index, pair.chosen_ids, leaf)
+                self._add_response("rejected", first_pair + index, pair.rejected_ids, leaf)
+                self.unshared += 2 * len(prompt) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        self.groups.append((shared, len(self.ids) - start - shared))
+
+    def _add_segment(self, ids: Sequence[int], parent: int) -> int:
+        above = self.segments[parent] if parent >= 0 else Segment(0, 0, -1, 0)
+        position = above.position + above.stop - above.start
+        self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), parent, position))
+        self.ids.extend(ids)
+        return len(self.segments) - 1
+
+    def _add_response(self, kind: str, pair: int, ids: Sequence[int], parent: int) -> None:
+        segment = self.segments[self._add_segment(ids, parent)]
+        last_prompt_token = self.segments[parent].stop - 1
+        self.responses[kind, pair] = ([last_prompt_token, *range(segment.start, segment.stop - 1)], ids)
+
+    def finish(self) -> PackedBatch:
+        ends = [segment.stop for segment in self.segments]
+        for index in range(len(self.segments) - 1, -1, -1):  # children come after their parent
+            parent = self.segments[index].parent
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[index])
+        sizes = torch.tensor([segment.stop - segment.start for segment in self.segments])
+        starts = torch.tensor([segment.start for segment in self.segments])
+        positions = torch.tensor([segment.position for segment in self.segments])
+        offset = torch.arange(len(self.ids)) - torch.repeat_interleave(starts, sizes)
+        layout = SharedPrefixLayout(
+            segments=tuple(self.segments),
+            groups=tuple(self.groups),
+            subtree_end=torch.repeat_interleave(torch.tensor(ends), sizes),
+        )
+        ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
+        response_lengths = tuple(len(ids) for _, ids in ordered)
+        lengths = torch.tensor(response_lengths)
+        return PackedBatch(
+            input_ids=torch.tensor(self.ids)[None],
+            position_ids=(torch.repeat_interleave(positions, sizes) + offset)[None],
+            layout=layout,
+            logits_to_keep=torch.tensor([position for keep, _ in ordered for position in keep]),
+            targets=torch.tensor([token for _, ids in ordered for token in ids]),
+            response_of=torch.repeat_interleave(torch.arange(len(ordered)), lengths),
+            lengths=lengths,
+            response_lengths=response_lengths,
+            num_image_tokens=0 if self.image_token_id is None else self.ids.count(self.image_token_id),
+            num_unshared_tokens=self.unshared,
+        )
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] per row in fp32, chunk by chunk: the logits are never copied to fp32."""
+
+    CHUNK = 64
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        lse = torch.cat([torch.logsumexp(_fp32(rows), dim=-1) for rows in logits.split(_TokenLogps.CHUNK)])
+        ctx.save_for_backward(logits, targets, lse)
+        return _fp32(logits.gather(-1, targets[:, None])[:, 0]) - lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        logits, targets, lse = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        size = _TokenLogps.CHUNK
+        for rows, target, norm, g, into in zip(*(x.split(size) for x in (logits, targets, lse, grad, out))):
+            softmax = torch.exp(_fp32(rows) - norm[:, None])
+            softmax.scatter_add_(-1, target[:, None], torch.full_like(norm, -1.0)[:, None])
+            into.copy_(softmax.mul_(-g[:, None]))
+        return out, None
+
+
+def _fp32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def response_logps(logits: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-prob in nats of every response, (2n,) fp32, and token counts, (2n,) int64; chosen first.
+
+    logits: (1, K, V) or (K, V) at `packed.logits_to_keep`. Raises ValueError when K does not fit the batch.
+    Each response is summed by itself, so its value does not depend, to the last bit, on the other responses.
+    """
+    logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[0] != packed.targets.shape[0]:
+        raise ValueError(
+            f"{logits.shape[0]} rows of logits for {packed.targets.shape[0]} response tokens;"
+            " was the model called with logits_to_keep=packed.logits_to_keep?"
+        )
+    token_logps = _TokenLogps.apply(logits, packed.targets)
+    return torch.stack([part.sum() for part in token_logps.split(packed.response_lengths)]), packed.lengths
