@@ -1,0 +1,232 @@
+"""Exact prompt and response text, and token ids, of each LLaVA-1.6 checkpoint.
+
+The text is what the checkpoint's own chat template renders; the ids are what its tokenizer gives for that
+text. Two things need care:
+
+- A literal "<image>" or "</s>" in a question or answer must stay text. Ids are made by a copy of the
+  tokenizer in which every special token has a private random name; only the format itself, never a text, uses
+  those names.
+- Where the prompt ends and the response begins. Whole strings are tokenized and then cut, never pieces glued,
+  so merges near the cut and the word-start mark a tokenizer puts at the start of a text come out right.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One checkpoint family's chat format: the texts (before, after) around each kind of message."""
+
+    name: str
+    checkpoints: tuple[str, ...]
+    source: str  # where the format was taken from
+    special_tokens: tuple[str, ...]  # tokens the format needs; the tokenizer must have them as added tokens
+    system: tuple[str, str]  # a system message; no LLaVA-1.6 chat template has a default one
+    user: tuple[str, str]
+    answered: tuple[str, str]  # an earlier answer, with another user turn to follow
+    generation: str  # opens the answer to come and ends the prompt
+    response: tuple[str, str]  # the answer itself; the loss covers all of it, end token included
+    image: str = "<image>\n"  # opens the first user turn
+
+    def render_prompt(
+        self,
+        question: str,
+        has_image: bool,
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """The text before the answer, without BOS (the tokenizer adds it).
+
+        Args:
+            question: the last user turn.
+            has_image: put the image placeholder before the first user turn, as the chat templates do.
+            system: a system message, None for none.
+            history: earlier (question, answer) turns.
+        """
+        text = "" if system is None else self.system[0] + system + self.system[1]
+        image = self.image if has_image else ""
+        for asked, answer in history:
+            text += self.user[0] + image + asked + self.user[1] + self.answered[0] + answer + self.answered[1]
+            image = ""
+        return text + self.user[0] + image + question + self.user[1] + self.generation
+
+    def render_response(self, answer: str) -> str:
+        """The answer as it follows the prompt, end token included: the text the loss is taken on."""
+        return self.response[0] + answer + self.response[1]
+
+    def encode_prompt(
+        self,
+        tokenizer,
+        question: str,
+        has_image: bool,
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[int]:
+        """Token ids of `render_prompt`: BOS as the tokenizer adds it, the image as exactly one placeholder
+        id.
+
+        Equals tokenizer(render_prompt(...)).input_ids, but for special-token literals in the texts: they stay
+        text.
+
+        Raises:
+            ValueError: as `encode_pairs`.
+        """
+        backend, private = _private_copy(self, tokenizer, len(tokenizer))
+        return backend.encode(private.render_prompt(question, has_image, system, history)).ids
+
+    def encode_pairs(
+        self,
+        tokenizer,
+        questions: Sequence[str],
+        chosen: Sequence[str],
+        rejected: Sequence[str],
+        has_image: Sequence[bool],
+    ) -> list[tuple[list[int], list[int], list[int]]]:
+        """Token ids of preference pairs, as a list of (prompt_ids, chosen_ids, rejected_ids).
+
+        prompt_ids + chosen_ids equals tokenizer(prompt text + response text).input_ids, likewise rejected, but
+        for special-token literals in question or answers: they stay text. prompt_ids has the image as
+        exactly one placeholder id (see `expand_image_token`) and equals `encode_prompt`, unless the tokenizer
+        has a piece that joins the end of the prompt with the start of an answer (possible in chatml, when an
+        answer opens with a newline): then such a piece, and whatever it made differ before it, belongs to the
+        responses.
+
+        Args:
+            tokenizer: a fast transformers tokenizer with a BPE model.
+            questions, chosen, rejected, has_image: one entry a pair.
+        Raises:
+            ValueError: lengths differ, or the tokenizer does not fit the format.
+        """
+        backend, private = _private_copy(self, tokenizer, len(tokenizer))
+        prompts, texts = [], []
+        for question, good, bad, image in zip(questions, chosen, rejected, has_image, strict=True):
+            prompt = private.render_prompt(question, image)
+            prompts.append(prompt)
+            texts += [prompt + private.render_response(good), prompt + private.render_response(bad)]
+        encoded = backend.encode_batch(texts)
+        return [_cut(len(p), a, b) for p, a, b in zip(prompts, encoded[0::2], encoded[1::2], strict=True)]
+
+
+def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -> list[int]:
+    """prompt_ids with its one image placeholder repeated n times (AnyresGeometry.num_image_tokens).
+
+    Raises:
+        ValueError: prompt_ids does not hold exactly one placeholder.
+    """
+    ids = list(prompt_ids)
+    if ids.count(image_token_id) != 1:
+        raise ValueError(
+            f"expected one image placeholder, id {image_token_id}; found {ids.count(image_token_id)}"
+        )
+    at = ids.index(image_token_id)
+    return ids[:at] + [image_token_id] * n + ids[at + 1 :]
+
+
+@functools.lru_cache(maxsize=16)
+def _private_copy(conversation: Conversation, tokenizer, _size: int):
+    """(backend tokenizer, conversation), both with every special token under its private name.
+
+    _size is len(tokenizer): tokens added later make a new copy.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"template {conversation.name} needs a BPE tokenizer, this one is {model['type']}")
+    added = {token["content"] for token in spec["added_tokens"]}
+    if missing := [token for token in conversation.special_tokens if token not in added]:
+        raise ValueError(
+            f"the tokenizer lacks {missing}, which {conversation.name} needs: another checkpoint's?"
+        )
+    # 128 random bits between Unicode noncharacters: no text contains this, and the ids do not depend on it.
+    secret, names = secrets.token_hex(16), {}
+    for token in spec["added_tokens"]:
+        content = token["content"]
+        if token["special"] or content in conversation.special_tokens:
+            token["content"] = names[content] = f"\ufdd0{secret}:{token['id']}\ufdd1"
+    model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    # A merge that makes "</s>" out of plain characters would turn text into the end token.
+    model["merges"] = [m for m in model["merges"] if names.keys().isdisjoint((*m, "".join(m)))]
+    model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    spec["truncation"] = spec["padding"] = None  # left behind by earlier tokenizer calls
+    private = conversation
+    for content in sorted(names, key=len, reverse=True):
+        private = replace(
+            private,
+            generation=private.generation.replace(content, names[content]),
+            image=private.image.replace(content, names[content]),
+            **{
+                part: tuple(text.replace(content, names[content]) for text in getattr(private, part))
+                for part in ("system", "user", "answered", "response")
+            },
+        )
+    return type(tokenizer.backend_tokenizer).from_str(json.dumps(spec)), private
+
+
+def _cut(end: int, chosen, rejected) -> tuple[list[int], list[int], list[int]]:
+    """Cut two encodings of the same prompt where the prompt ends, at character `end`."""
+    a, b = chosen.ids, rejected.ids
+    n = min(_tokens_before(chosen, end), _tokens_before(rejected, end))
+    # A piece across the end of the prompt in one of the two may have changed the pieces before it.
+    while a[:n] != b[:n]:
+        n -= 1
+    return a[:n], a[n:], b[n:]
+
+
+def _tokens_before(encoding, end: int) -> int:
+    """Number of tokens before the one that holds character `end`."""
+    token = encoding.char_to_token(end)
+    while token is None:  # the tokenizer drops this character; the end token, at the latest, is kept
+        end += 1
+        token = encoding.char_to_token(end)
+    return token
+
+
+CONVERSATIONS = {
+    conversation.name: conversation
+    for conversation in (
+        Conversation(
+            name="llava_v16_mistral",
+            checkpoints=("llava-hf/llava-v1.6-mistral-7b-hf",),
+            source="chat_template.json of the checkpoint (since its discussion 43, which corrected the end "
+            "token to </s>); LLaVA's conv_mistral_instruct, which has one more space before </s>",
+            special_tokens=("<image>", "</s>"),
+            system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+            user=("[INST] ", " [/INST]"),
+            answered=(" ", "</s> "),
+            generation="",
+            response=(" ", "</s>"),
+        ),
+        Conversation(
+            name="llava_v16_vicuna",
+            checkpoints=("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"),
+            source="chat_template.json of the checkpoints, as llava-1.5's; it writes no end token, so the end of the "
+            "response is that of LLaVA's conv_vicuna_v1, which also opens with the system message 'A chat "
+            "between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions.'",
+            special_tokens=("<image>", "</s>"),
+            system=("", " "),
+            user=("USER: ", " "),
+            answered=("ASSISTANT: ", " "),
+            generation="ASSISTANT:",
+            response=(" ", "</s>"),
+        ),
+        Conversation(
+            name="llava_v16_34b",
+            checkpoints=("llava-hf/llava-v1.6-34b-hf",),
+            source="chat_template.json of the checkpoint; LLaVA's conv_chatml_direct has no newline "
+            "after <|im_end|> and opens with the system message 'Answer the questions.'",
+            special_tokens=("<image>", "<|im_start|>", "<|im_end|>"),
+            system=("<|im_start|>system\n", "<|im_end|>\n"),
+            user=("<|im_start|>user\n", "<|im_end|>\n"),
+            answered=("<|im_start|>assistant\n", "<|im_end|>\n"),
+            generation="<|im_start|>assistant\n",
+            response=("", "<|im_end|>"),
+        ),
+    )
+}
