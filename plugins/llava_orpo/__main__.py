@@ -1,0 +1,17 @@
+"""`python -m llava_orpo train recipe.yaml …`: `llamafactory-cli` where `.pth` files are not read.
+
+(For example under `python -S`-like launchers, zipapps, or a `PYTHONPATH` checkout that was never installed.)
+Child processes started by torchrun need the installed `.pth`, or `FORCE_TORCHRUN` unset.
+"""
+
+from . import autoload  # noqa: F401  adds the finder
+
+
+def main() -> None:
+    from llamafactory.cli import main as cli
+
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Images in, image tokens and pixel_values out, as LLaVA-1.6 does it.
+
+Differences to LLaMA-Factory's own LlavaNextPlugin: images reach the processor at their original size (no
+shrinking to 768*768 pixels), as RGB without EXIF rotation; the number of image tokens comes from width and
+height alone; a reference (see `image_store`) is read where the pixels are needed.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+from llamafactory.data.mm_plugin import BasePlugin
+from PIL.Image import Image as PILImage
+
+from . import image_store, images
+from .anyres import AnyresGeometry
+
+PLACEHOLDER = "<image>"  # LLaMA-Factory's IMAGE_PLACEHOLDER, what chat and api put before a question
+
+
+def processor_geometry(processor) -> AnyresGeometry:
+    """The anyres geometry a LlavaNextProcessor implies.
+
+    Raises ValueError when the processor is not LLaVA-NeXT's, naming what is missing.
+    """
+    image_processor = getattr(processor, "image_processor", None)
+    pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
+    if not pinpoints or getattr(processor, "patch_size", None) is None:
+        raise ValueError(
+            "The model's folder has no LLaVA-NeXT processor (image_grid_pinpoints, patch_size). Use a checkpoint in "
+            "the llava-hf layout, e.g. llava-hf/llava-v1.6-mistral-7b-hf, with its processor files."
+        )
+    size = image_processor.crop_size or image_processor.size
+    return AnyresGeometry(
+        image_size=size["height"] if "height" in size else size["shortest_edge"],
+        patch_size=processor.patch_size,
+        grid_pinpoints=tuple(tuple(point) for point in pinpoints),
+        select_strategy=processor.vision_feature_select_strategy or "default",
+    )
+
+
+def load_image(image) -> PILImage:
+    """An RGB picture from a reference, bytes, a path, `{bytes, path}`, a file object or a PIL picture."""
+    if isinstance(image, PILImage):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if hasattr(image, "read"):
+        image = image.read()
+    return images.decode_rgb(image_store.read(image))
+
+
+def image_size(image) -> tuple[int, int]:
+    """(width, height) without decoding pixels."""
+    if isinstance(image, PILImage):
+        return image.size
+    if hasattr(image, "read"):
+        position = image.tell()
+        size = images.header_size(image.read())
+        image.seek(position)
+        return size
+    return images.header_size(image_store.read(image))
+
+
+@dataclass
+class LlavaOrpoPlugin(BasePlugin):
+    """LLaMA-Factory multimodal plugin (register_mm_plugin) for the exact LLaVA-1.6 templates."""
+
+    def process_messages(self, messages, images, videos, audios, processor):
+        """Takes the image placeholder out of the first user turn and notes the number of its image tokens.
+
+        The template writes the image where the checkpoint wants it. Raises ValueError for more than one
+        image or an image in a later turn.
+        """
+        self._validate_input(processor, images, videos, audios)
+        messages = deepcopy(messages)
+        if len(images) > 1:
+            raise ValueError("LLaVA-1.6 was trained with one image per conversation; got " + str(len(images)) + ".")
+        if images:
+            holders = [i for i, message in enumerate(messages) if PLACEHOLDER in message["content"]]
+            if holders and holders[0] != 0:
+                raise ValueError("The image must be in the first user turn.")
+            if holders:
+                before, after = messages[0]["content"].split(PLACEHOLDER, 1)
+                messages[0]["content"] = before + after.removeprefix("\n")
+            width, height = image_size(images[0])
+            messages[0]["image_tokens"] = [processor_geometry(processor).num_image_tokens(width, height)]
+        return messages
+
+    def _regularize_images(self, images, **kwargs):
+        return {"images": [load_image(image) for image in images]}
+
+    def _get_mm_inputs(self, images, videos, audios, processor, imglens=None):
+        """pixel_values (num_images, max tiles, 3, tile, tile) and image_sizes (num_images, 2) as (height, width)."""
+        if not images:
+            return {}
+        pictures = self._regularize_images(images)["images"]
+        return dict(processor.image_processor(pictures, return_tensors="pt"))

@@ -1,0 +1,74 @@
+"""What a run leaves behind beside metrics: skipped rows, fuller trainer_log.jsonl, a W&B table of examples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from typing import Any
+
+from llamafactory.train.callbacks import LogCallback
+from transformers import TrainerCallback
+
+SKIPPED_FILE = "skipped_rows.jsonl"
+
+
+def write_skipped(folder: str, entries: list[dict[str, Any]], rank: int = 0) -> str:
+    """Appends entries to skipped_rows.jsonl (`skipped_rows.rank<k>.jsonl` on other ranks); returns the path."""
+    os.makedirs(folder, exist_ok=True)
+    name = SKIPPED_FILE if rank == 0 else SKIPPED_FILE.replace(".jsonl", f".rank{rank}.jsonl")
+    path = os.path.join(folder, name)
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    return path
+
+
+class FullLogCallback(LogCallback):
+    """LLaMA-Factory's LogCallback with every logged metric in trainer_log.jsonl, not only loss and accuracy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._extra: deque[dict[str, Any]] = deque()  # one entry per line that a log will write, in order
+
+    def on_log(self, args, state, control, **kwargs):
+        if args.should_save and self.thread_pool is not None:
+            self._extra.append({k: v for k, v in state.log_history[-1].items() if isinstance(v, (int, float))})
+        super().on_log(args, state, control, **kwargs)
+
+    def _write_log(self, output_dir: str, logs: dict[str, Any]) -> None:
+        extra = self._extra.popleft() if "epoch" in logs else {}  # progress lines of an evaluation have no epoch
+        super()._write_log(output_dir, {**extra, **logs})
+
+
+class WandbExamples(TrainerCallback):
+    """Logs a table of held-out examples with their images when W&B is on."""
+
+    COLUMNS = ["pair_id", "subset", "image", "question", "chosen", "rejected", "margin", "correct"]
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.pending: tuple[list[dict[str, Any]], str] | None = None
+
+    def offer(self, examples: list[dict[str, Any]], folder: str) -> None:
+        """Examples of the evaluation that just ended; logged with its metrics."""
+        self.pending = (examples, folder)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.pending is None or "wandb" not in (args.report_to or []) or not state.is_world_process_zero:
+            return
+        import wandb
+
+        if wandb.run is None:
+            return
+        from .preference import margin
+
+        examples, folder = self.pending
+        self.pending = None
+        table = wandb.Table(columns=self.COLUMNS)
+        for example in examples:
+            image = example["image"] and wandb.Image(os.path.join(folder, example["image"]["path"]))
+            table.add_data(
+                example["pair_id"], example["subset"], image, example["question"], example["chosen"],
+                example["rejected"], margin(example), example["correct"],
+            )  # fmt: skip
+        wandb.log({"eval/examples": table, "train/global_step": state.global_step})
