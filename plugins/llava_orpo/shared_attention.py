@@ -30,8 +30,8 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
     """(backend name, reason to log). `requested`: "auto", "sdpa" or "flex".
 
     "auto" is "sdpa" on every device. "flex" (FlexAttention, one compiled kernel for the whole row) has no
-    backward on CPU in torch 2.11, so asking for it there raises ValueError. There is no flash-attn backend: the root,
-    where nearly all attention work is, reaches the flash kernel through SDPA already.
+    backward on CPU in torch 2.11, so asking for it there raises ValueError. There is no flash-attn backend:
+    the root, where nearly all attention work is, reaches the flash kernel through SDPA already.
     """
     kind = torch.device(device).type
     if requested == "auto":
@@ -96,7 +96,7 @@ def packed_forward(model, packed: PackedBatch, pixel_values=None, image_sizes=No
     ValueError when the model was not enabled: it would ignore the layout and attend wrongly without a word.
     """
     if not is_enabled(model):
-        raise ValueError("the model has no shared-prefix attention: call shared_attention.enable(model) first")
+        raise ValueError("the model has no shared-prefix attention: call shared_attention.enable first")
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -126,7 +126,7 @@ def register(base: str, backend: str) -> str:
 
 
 def _attention(module, query, key, value, attention_mask, *, base: str, backend: str, **kwargs):
-    """transformers' attention signature: query (B, H, T, D), key and value (B, Hkv, T, D) -> (B, T, H, D), None."""
+    """transformers' signature: query (B, H, T, D), key, value (B, Hkv, T, D) -> output (B, T, H, D), None."""
     layout = kwargs.pop("shared_prefix_layout", None)
     if layout is None:
         with _named(module.config, base):
@@ -227,4 +227,4 @@ def _check_full_attention(config) -> None:
             " full causal attention in every layer: set shared_prefix: false"
         )
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"the text model ({config.model_type}) caps attention logits: set shared_prefix: false")
+        raise ValueError(f"the text model ({config.model_type}) caps its logits: set shared_prefix: false")

@@ -5,7 +5,7 @@ pre-order:
 
     [ root | question a | chosen | rejected | chosen | rejected | question b | chosen | rejected ] [ root ...
 
-root      longest common token prefix of the group's prompts: the image level; all of it when prompts are equal
+root      longest common token prefix of the group's prompts (image level); the whole prompt of a single pair
 question  what is left of a prompt; pairs with equal prompts share it; absent when nothing is left
 responses the tokens of one answer, never shared
 
@@ -28,12 +28,14 @@ from typing import Any
 
 import torch
 
+from .token_logps import token_logps
+
 FLEX_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to its full length."""
+    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to full length."""
 
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
@@ -76,7 +78,7 @@ class SharedPrefixLayout:
         return {}  # no dataclass field, so that replace(), hence .to() and FSDP's input casts, starts afresh
 
     def tail_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Per group the additive mask (1, 1, tail, root + tail) of its tail queries: 0 is seen, -inf hidden."""
+        """Per group the additive mask (1, 1, tail, root + tail) of its tail queries: 0 seen, -inf hidden."""
         if dtype not in self._cache:
             self._cache[dtype] = tuple(self._tail_masks(dtype))
         return self._cache[dtype]
@@ -147,8 +149,8 @@ class PackedBatch:
     logits_to_keep           (K,) int64 positions whose logits predict `targets`; a last prompt token is in it
                              once for each response that starts there
     targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
-    response_of              (K,) int64 in [0, 2n): i for the chosen, n + i for the rejected response of pair i,
-                             pairs numbered in the order they were given
+    response_of              (K,) int64 in [0, 2n): i for the chosen, n + i for the rejected response of pair
+                             i, pairs numbered in the order they were given
     lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
     num_image_tokens         placeholders in the row (0 when `pack` was not told the image token)
     num_unshared_tokens      tokens the plain path needs for the same pairs, without its padding
@@ -174,7 +176,7 @@ class PackedBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The batch with every tensor on `device`, the layout's too (DDP and accelerate do not look inside)."""
+        """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
         return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -197,13 +199,13 @@ def pack(groups: Sequence[Sequence[Pair]], image_token_id: int | None = None) ->
     """Pack groups of pairs into one row. The pairs of a group share one image, or are text-only.
 
     Raises ValueError naming group and pair for an empty group, prompt or response, and, given
-    `image_token_id`, for image tokens behind the point where the group's prompts part (the image would stand
-    in the row twice).
+    `image_token_id`, for image tokens in a response or behind the point where the group's prompts part (the
+    image would stand in the row twice).
     """
     row = _Row(image_token_id)
     pair_index = 0
     for number, group in enumerate(groups):
-        _check_group(number, group)
+        _check_group(number, group, image_token_id)
         row.add_group(number, group, pair_index)
         pair_index += len(group)
     if pair_index == 0:
@@ -211,13 +213,18 @@ def pack(groups: Sequence[Sequence[Pair]], image_token_id: int | None = None) ->
     return row.finish()
 
 
-def _check_group(number: int, group: Sequence[Pair]) -> None:
+def _check_group(number: int, group: Sequence[Pair], image_token_id: int | None) -> None:
     if len(group) == 0:
         raise ValueError(f"group {number} holds no pair: leave it out")
     for index, pair in enumerate(group):
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            if len(getattr(pair, name)) == 0:
-                raise ValueError(f"group {number}, pair {index}: {name} is empty, at least one token is needed")
+            ids = getattr(pair, name)
+            if name != "prompt_ids" and image_token_id in ids:
+                raise ValueError(
+                    f"group {number}, pair {index}: image token in {name}: take <image> out of it"
+                )
+            if len(ids) == 0:
+                raise ValueError(f"group {number}, pair {index}: {name} is empty, it needs one token or more")
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -306,34 +313,6 @@ class _Row:
         )
 
 
-class _TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] per row in fp32, chunk by chunk: the logits are never copied to fp32."""
-
-    CHUNK = 64
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        lse = torch.cat([torch.logsumexp(_fp32(rows), dim=-1) for rows in logits.split(_TokenLogps.CHUNK)])
-        ctx.save_for_backward(logits, targets, lse)
-        return _fp32(logits.gather(-1, targets[:, None])[:, 0]) - lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        logits, targets, lse = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        size = _TokenLogps.CHUNK
-        for rows, target, norm, g, into in zip(*(x.split(size) for x in (logits, targets, lse, grad, out))):
-            softmax = torch.exp(_fp32(rows) - norm[:, None])
-            softmax.scatter_add_(-1, target[:, None], torch.full_like(norm, -1.0)[:, None])
-            into.copy_(softmax.mul_(-g[:, None]))
-        return out, None
-
-
-def _fp32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def response_logps(logits: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed log-prob in nats of every response, (2n,) fp32, and token counts, (2n,) int64; chosen first.
 
@@ -346,5 +325,5 @@ def response_logps(logits: torch.Tensor, packed: PackedBatch) -> tuple[torch.Ten
             f"{logits.shape[0]} rows of logits for {packed.targets.shape[0]} response tokens;"
             " was the model called with logits_to_keep=packed.logits_to_keep?"
         )
-    token_logps = _TokenLogps.apply(logits, packed.targets)
-    return torch.stack([part.sum() for part in token_logps.split(packed.response_lengths)]), packed.lengths
+    parts = token_logps(logits, packed.targets).split(packed.response_lengths)
+    return torch.stack([part.sum() for part in parts]), packed.lengths
