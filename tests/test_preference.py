@@ -9,13 +9,14 @@ from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from llava_orpo import preference
+from llava_orpo import orpo, preference
 
 
 def make_pair(
@@ -156,7 +157,7 @@ def test_wilson_interval_is_that_of_statsmodels(correct, n):
 
 
 def test_log_odds_near_probability_one_and_far_below():
-    logps = np.array([-1e-7, -1e-3, -0.6931, -0.6932, -50.0, -2000.0])
+    logps = np.array([-1e-6, -1e-3, -0.6931, -0.6932, -50.0, -2000.0])
     got = preference.log_odds_ratio(logps, np.full(6, math.log(0.5)))  # odds of 1/2 are 1
     getcontext().prec = 60
     for value, logp in zip(got, logps, strict=True):
@@ -165,7 +166,7 @@ def test_log_odds_near_probability_one_and_far_below():
 
 
 def test_certain_responses_stay_finite():
-    """A response of probability exactly 1 in float32 (log-prob 0) is scored as the float32 next below 1."""
+    """A response of probability exactly 1 in float32 (log-prob 0) has large odds, not infinite ones."""
     both = preference.summarize([make_pair("both", 0.0, 0.0)], beta=0.1)
     assert both["log_odds"] == 0.0
     assert both["odds_ratio_loss"] == pytest.approx(math.log(2), rel=1e-12)
@@ -175,15 +176,22 @@ def test_certain_responses_stay_finite():
     assert one["loss"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_agrees_with_the_training_loss():
-    """orpo.py is what training minimizes; here float64 numpy, there torch."""
-    orpo = pytest.importorskip("llava_orpo.orpo", reason="the loss module is not there yet")
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_agrees_with_the_training_loss(dtype, tolerance):
+    """orpo.py is what training minimizes: torch there, numpy here. In float32 also where a response is certain."""
     pairs = random_pairs(200, seed=5)
-    means = torch.tensor([preference.mean_logps(p) for p in pairs], dtype=torch.float64)
-    log_odds = orpo.log_odds(means[:, 0], means[:, 1])
+    if dtype == torch.float32:
+        pairs += [make_pair("sure", 0.0, -1.0), make_pair("both", 0.0, 0.0), make_pair("wrong", -30.0, 0.0)]
+    means = torch.tensor([preference.mean_logps(pair) for pair in pairs], dtype=dtype)
+    terms = orpo.orpo_loss(means[:, 0], means[:, 1], beta=0.3)
     metrics = preference.summarize(pairs, beta=0.3)
-    assert metrics["log_odds"] == pytest.approx(log_odds.mean().item(), rel=1e-10)
+    for name, values in (
+        ("loss", terms.loss),
+        ("sft_loss", terms.sft),
+        ("odds_ratio_loss", terms.odds_ratio),
+        ("log_odds", terms.log_odds),
+    ):
+        assert metrics[name] == pytest.approx(values.double().mean().item(), rel=tolerance), name
 
 
 def test_subsets_need_enough_pairs():

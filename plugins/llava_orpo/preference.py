@@ -33,9 +33,9 @@ __all__ = [
 ]  # fmt: skip
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUP_KEYS = ("source", "question_type", "subset")
-# The probability next below 1 in float32: log-probs come from a float32 softmax, which cannot tell anything
-# nearer to 1 apart from it, and log-odds of exactly 1 would be infinite.
-_MAX_LOGP = -(2.0**-24)
+# log(1 - p) is taken at most here, as orpo.log1m_exp does in float32, in which log-probs are computed: nearer to
+# certainty they are below their own rounding error, and at p = 1 the odds would be infinite.
+_MAX_LOGP = -(2.0**-23)
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -209,12 +209,12 @@ def _accuracy_metrics(pairs: Sequence[Pair]) -> dict:
 
 def log_odds_ratio(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """log(odds(chosen) / odds(rejected)) of mean log-probs, odds p = p / (1 - p); float64, (n,) each."""
-    chosen, rejected = np.minimum(chosen, _MAX_LOGP), np.minimum(rejected, _MAX_LOGP)
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 
 def _log1mexp(x: np.ndarray) -> np.ndarray:
-    """log(1 - exp(x)) for x < 0 without cancellation at either end (Maechler 2012, eq. 7)."""
+    """log(1 - exp(x)) for x <= 0 without cancellation at either end (Maechler 2012, eq. 7)."""
+    x = np.minimum(x, _MAX_LOGP)
     near_zero = x > -math.log(2.0)
     result = np.log1p(-np.exp(np.where(near_zero, -1.0, x)))
     result[near_zero] = np.log(-np.expm1(x[near_zero]))
