@@ -8,8 +8,11 @@ import jinja2
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from llava_orpo.anyres import AnyresGeometry
 from llava_orpo.conversation import CONVERSATIONS, expand_image_token
+from PIL import Image
 from tokenizers_for_tests import chatml, joining_bpe, mistral_v1
+from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
 MISTRAL = CONVERSATIONS["llava_v16_mistral"]
 VICUNA = CONVERSATIONS["llava_v16_vicuna"]
@@ -26,10 +29,7 @@ TEMPLATES = {
     + "{{ ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}",
     VICUNA.name: "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}"
-    "{% endif %}"
-    + IMAGES
-    + TEXTS.replace("c['text']", "c['text'] + ' '")
-    + "{% endfor %}"
+    "{% endif %}" + IMAGES + TEXTS.replace("c['text']", "c['text'] + ' '") + "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
     CHATML.name: "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     + IMAGES
@@ -173,6 +173,24 @@ def test_special_token_literals_stay_text(conversation, tokenizer, question, cho
         if not tokenizer.legacy:  # a legacy tokenizer's extra word-start marks do not survive decoding
             assert decoded.removeprefix("<s>").lstrip(" ▁") == text.replace("▁", " ").lstrip()
     assert prompt == conversation.encode_prompt(tokenizer, question, True) or tokenizer is joining_bpe()
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1, 50)])
+def test_ids_equal_the_processor_with_a_real_image(size):
+    geometry = AnyresGeometry(56, 14, ((56, 112), (112, 56), (112, 112)))
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=[list(p) for p in geometry.grid_pinpoints],
+    )
+    processor = LlavaNextProcessor(
+        image_processor, mistral_v1(), 14, "default", num_additional_image_tokens=1
+    )
+    text = MISTRAL.render_prompt("What is this?", True) + MISTRAL.render_response("A cat.")
+    inputs = processor(images=Image.new("RGB", size), text=text)
+    [(prompt, chosen, _)] = MISTRAL.encode_pairs(mistral_v1(), ["What is this?"], ["A cat."], ["x"], [True])
+    expanded = expand_image_token(prompt, 32000, geometry.num_image_tokens(*size))
+    assert inputs["input_ids"] == [expanded + chosen]
 
 
 def test_literal_and_plain_rows_mix_in_a_batch():

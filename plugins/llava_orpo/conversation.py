@@ -90,8 +90,8 @@ class Conversation:
     ) -> list[tuple[list[int], list[int], list[int]]]:
         """Token ids of preference pairs, as a list of (prompt_ids, chosen_ids, rejected_ids).
 
-        prompt_ids + chosen_ids equals tokenizer(prompt text + response text).input_ids, likewise rejected, but
-        for special-token literals in question or answers: they stay text. prompt_ids has the image as
+        prompt_ids + chosen_ids equals tokenizer(prompt + response text).input_ids, likewise rejected, but for
+        special-token literals in question or answers: they stay text. prompt_ids has the image as
         exactly one placeholder id (see `expand_image_token`) and equals `encode_prompt`, unless the tokenizer
         has a piece that joins the end of the prompt with the start of an answer (possible in chatml, when an
         answer opens with a newline): then such a piece, and whatever it made differ before it, belongs to the
@@ -205,9 +205,9 @@ CONVERSATIONS = {
         Conversation(
             name="llava_v16_vicuna",
             checkpoints=("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"),
-            source="chat_template.json of the checkpoints, as llava-1.5's; it writes no end token, so the end of the "
-            "response is that of LLaVA's conv_vicuna_v1, which also opens with the system message 'A chat "
-            "between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            source="chat_template.json of the checkpoints (llava-1.5's). It writes no end token, so the end "
+            "of the response is that of LLaVA's conv_vicuna_v1, which also opens with the system message 'A "
+            "chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
             "detailed, and polite answers to the user's questions.'",
             special_tokens=("<image>", "</s>"),
             system=("", " "),
