@@ -207,8 +207,8 @@ CONVERSATIONS = {
             checkpoints=("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-vicuna-13b-hf"),
             source="chat_template.json of the checkpoints (llava-1.5's). It writes no end token, so the end "
             "of the response is that of LLaVA's conv_vicuna_v1, which also opens with the system message 'A "
-            "chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions.'",
+            "chat between a curious user and an artificial intelligence assistant. The assistant gives "
+            "helpful, detailed, and polite answers to the user's questions.'",
             special_tokens=("<image>", "</s>"),
             system=("", " "),
             user=("USER: ", " "),
