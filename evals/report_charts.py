@@ -33,6 +33,7 @@ def lines(series: Sequence[dict], percent: bool = False, small: bool = False) ->
     "dots" True for few, separate measurements. Dense curves are drawn faintly behind their moving mean.
     """
     plot = _figure("step", None, percent=percent)
+    plot.xaxis.ticker.min_interval = 1  # no half steps
     if small:
         plot.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     for one in series:

@@ -456,7 +456,9 @@ def margins(page) -> list[float]:
 
 def find_tooltip(page, chart: str) -> str:
     """Moves over a chart until a tooltip shows; its text."""
-    page.locator(f"#{chart}").evaluate("chart => chart.scrollIntoView({behavior: 'instant', block: 'center'})")
+    page.locator(f"#{chart}").evaluate(
+        "chart => chart.scrollIntoView({behavior: 'instant', block: 'center'})"
+    )
     box = page.locator(f"#{chart}").bounding_box()
     for y in range(8, int(box["height"]) - 40, 5):
         for x in range(80, int(box["width"]) - 8, 8):
