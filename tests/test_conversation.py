@@ -229,3 +229,17 @@ def test_expand_image_token():
     for ids in ([1, 2], [9, 9]):
         with pytest.raises(ValueError, match="one image placeholder"):
             expand_image_token(ids, 9, 3)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("turns", [[("Hi?", "Yes.")], [("a b", "c d"), (" <image> e", "f\n"), ("g", "")]])
+def test_turns_join_to_the_whole_conversation(name, turns):
+    conversation = CONVERSATIONS[name]
+    tokenizer = chatml() if name.endswith("34b") else mistral_v1()
+    encoded = conversation.encode_turns(tokenizer, turns, has_image=True)
+    joined = [i for prompt, response in encoded for i in prompt + response]
+    prompt = conversation.encode_prompt(tokenizer, turns[-1][0], True, history=turns[:-1])
+    assert joined[: len(prompt)] == prompt
+    assert len(encoded) == len(turns) and joined.count(32000) == 1 and encoded[0][0].count(32000) == 1
+    for (_, answer), (_, response) in zip(turns, encoded):
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == answer.strip()

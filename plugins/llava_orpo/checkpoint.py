@@ -187,9 +187,8 @@ def load_checked(path: str | Path, **kwargs):
     return model
 
 
-def config_with_dtype(path: Path, dtype: torch.dtype) -> bytes:
-    """`path` (a config.json) with every dtype entry set to `dtype`; the same bytes where nothing changes."""
-    raw = path.read_bytes()
+def config_with_dtype(raw: bytes, dtype: torch.dtype) -> bytes:
+    """A config.json's bytes with every dtype entry set to `dtype`; the same bytes where nothing changes."""
     config = json.loads(raw)
     name = str(dtype).removeprefix("torch.")
     changed = False
@@ -250,7 +249,7 @@ def save_published(
     needed = sum(sizes.values()) + sum((base / file).stat().st_size for file in files)
     with fresh_folder(out_dir, needed, overwrite) as partial:
         copy_files(base, files, partial)
-        (partial / "config.json").write_bytes(config_with_dtype(base / "config.json", dtype))
+        (partial / "config.json").write_bytes(config_with_dtype((base / "config.json").read_bytes(), dtype))
         write_shards(
             partial,
             sizes,

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
-# What a folder must offer so that plain transformers can build its processor: one name of each group.
+# What a folder must offer so that plain transformers can build its processor: one name of each group. (From
+# tokenizer.model alone transformers 5 builds a llava_next tokenizer that gives other ids.)
 PROCESSOR_GROUPS = {
-    "tokenizer": ("tokenizer.json", "tokenizer.model"),
+    "tokenizer": ("tokenizer.json",),
     "tokenizer settings": ("tokenizer_config.json",),
     "image processor": ("preprocessor_config.json", "processor_config.json"),
 }

@@ -112,6 +112,38 @@ class Conversation:
         encoded = backend.encode_batch(texts)
         return [_cut(len(p), a, b) for p, a, b in zip(prompts, encoded[0::2], encoded[1::2], strict=True)]
 
+    def encode_turns(
+        self, tokenizer, turns: Sequence[tuple[str, str]], has_image: bool, system: str | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids of a whole conversation as one (prompt_ids, response_ids) per (question, answer) turn.
+
+        All of them joined equal the ids of the rendered conversation; a turn's prompt_ids starts where the answer
+        before it ended. The image is one placeholder in the first prompt. Special-token literals stay text.
+
+        Raises:
+            ValueError: as `encode_pairs`, or no turn.
+        """
+        if not turns:
+            raise ValueError("a conversation needs at least one turn")
+        backend, private = _private_copy(self, tokenizer, len(tokenizer))
+        bounds = []  # characters: where each answer starts, where the next prompt starts
+        for number, (question, answer) in enumerate(turns):
+            start = len(private.render_prompt(question, has_image, system, turns[:number]))
+            bounds.append((start, start + len(private.response[0] + answer)))
+        history, (question, answer) = turns[:-1], turns[-1]
+        text = private.render_prompt(question, has_image, system, history) + private.render_response(answer)
+        encoding = backend.encode(text)
+        out, position = [], 0
+        for number, (start, end) in enumerate(bounds):
+            cut = _tokens_before(encoding, start)
+            last = number == len(bounds) - 1
+            stop = len(encoding.ids) if last else _tokens_before(encoding, end)
+            if not last and text.startswith(private.response[1], end):  # the end token belongs to the answer
+                stop += 1
+            out.append((encoding.ids[position:cut], encoding.ids[cut:stop]))
+            position = stop
+        return out
+
 
 def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -> list[int]:
     """prompt_ids with its one image placeholder repeated n times (AnyresGeometry.num_image_tokens).

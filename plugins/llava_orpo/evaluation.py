@@ -106,7 +106,7 @@ def score(
                 "pair_id": ids[row["position"]],
                 **{key: row[key] for key in ("dataset", "source", "question_type", "image_hash")},
                 "subset": f"{row['source']}/{row['question_type']}",
-                "image_condition": condition if row["image"] is not None else "true",
+                "image_condition": condition,
                 "position": row["position"],
             }
             if row["pair_id"] in bad:

@@ -65,6 +65,8 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
         )
         recipe = dict(zip((a.lstrip("-") for a in rest[0::2]), rest[1::2]))
     check_version(parsed)
+    if recipe.get("project"):  # transformers' own `project` key reaches Trackio only
+        os.environ.setdefault("WANDB_PROJECT", str(recipe["project"]))
     activate(parsed, recipe)
     return rest
 

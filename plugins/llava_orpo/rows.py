@@ -63,6 +63,8 @@ def preference_texts(row: Mapping[str, Any]) -> tuple[str, str, str]:
             raise RowError(f"`{field}` is missing")
         if field != "question" and not value.strip():
             raise RowError(f"`{field}` is empty")
+        if any("\ud800" <= ch <= "\udfff" for ch in value):
+            raise RowError(f"`{field}` holds half a character (a lone surrogate)")
         texts.append(value)
     if texts[1] == texts[2]:
         raise RowError("chosen and rejected are the same text")

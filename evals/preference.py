@@ -1,0 +1,168 @@
+"""Preference accuracy, log-probs and SFT loss of any model on any registered dataset: exact, per pair, resumable.
+
+    python evals/preference.py recipes/llava16_orpo_qlora.yaml adapter_name_or_path=outputs/llava16_orpo_qlora
+    python evals/preference.py recipes/tiny/llava16_orpo_qlora.yaml                      # the base model
+    python evals/preference.py recipes/tiny/llava16_orpo_qlora.yaml against=outputs/tiny/orpo_qlora
+
+Takes a recipe and overrides like llamafactory-cli. The model is the recipe's (adapter_name_or_path= for an adapter,
+model_name_or_path= for a merged or quantized one), the pairs are its eval_dataset. Own keys:
+
+    against       a second model to compare with: an adapter folder, a model folder or Hub id, or `base`
+    output_dir    where to write (default outputs/evals/<model>; a second model goes to a folder of its own)
+    restart       true: score again what an interrupted or earlier run had scored
+
+Writes preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl with images and, with `against`,
+comparison.json. `grounding_eval=true` adds a grey and a swapped image. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_orpo import evaluation, preference
+from llava_orpo.collator import fill_batches, image_runs
+from llava_orpo.session import Session, model_label, open_session, read_recipe, with_model
+from tqdm import tqdm
+
+OWN_KEYS = {"against": None, "restart": False}
+FROM_RECIPE = ("model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len",
+               "dataset_filter", "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16",
+               "quantize_vision", "eval_min_subset")  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    given_output = any(word.startswith("output_dir=") for word in argv)
+    recipe, own = read_recipe(argv, OWN_KEYS)
+    folder = Path(recipe["output_dir"]) if given_output else Path("outputs/evals") / model_label(recipe)
+    pairs = evaluate(recipe, folder, own["restart"])
+    if own["against"]:
+        other = with_model(recipe, own["against"])
+        other_folder = folder.parent / (model_label(other) if not given_output else f"{folder.name}-against")
+        if other_folder == folder:
+            other_folder = folder.with_name(folder.name + "-against")
+        other_pairs = evaluate(other, other_folder, own["restart"])
+        comparison = preference.compare(other_pairs, pairs)
+        comparison.update(a=own["against"], b=model_label(recipe))
+        (folder / "comparison.json").write_text(json.dumps(comparison, indent=1))
+        print_comparison(comparison)
+        print(f"  {folder / 'comparison.json'}")
+    return 0
+
+
+def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> list[dict]:
+    """Scores the recipe's model on its eval_dataset into `folder`; returns the pairs with their true image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    session = open_session(recipe, str(folder))
+    conditions = evaluation.CONDITIONS if session.arguments.grounding_eval else ("true",)
+    scored = {}
+    for condition in conditions:
+        records = score(session, folder, condition, restart)
+        scored[condition], unusable = evaluation.merge([records])
+        if not scored[condition]:
+            raise SystemExit(f"No pair could be scored: {unusable[0]['bad_image'] if unusable else 'no rows'}")
+        suffix = "" if condition == "true" else f"_{condition}"
+        preference.write_pairs(folder / f"preference_pairs{suffix}.jsonl", evaluation.public(scored[condition]))
+    summary = preference.summarize(scored["true"], session.beta, session.arguments.eval_min_subset)
+    grounding = preference.grounding(*(scored[c] for c in conditions)) if len(conditions) > 1 else None
+    names = ",".join(sorted(set(session.rows["dataset"])))
+    entry = {"step": 0, "epoch": 0.0, "dataset": names, "metrics": summary, "grounding": grounding}
+    preference.append_history(folder / "preference_eval.json", entry)
+    evaluation.write_examples(
+        folder, session.rows, scored["true"], session.tokenizer, session.arguments.eval_examples
+    )
+    print_summary(model_label(recipe), names, summary, grounding)
+    print(f"  {folder}/preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl")
+    return evaluation.public(scored["true"])
+
+
+def score(session: Session, folder: Path, condition: str, restart: bool) -> list[dict]:
+    """Records of all rows; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
+    saved = folder / f".scored_{condition}.jsonl"
+    key = fingerprint(session)
+    done = [] if restart else read_saved(saved, key)
+    seen = {record["position"] for record in done}
+    positions = [i for i in range(len(session.rows)) if i not in seen]
+    size = int(session.recipe.get("per_device_eval_batch_size", 8))
+    if session.arguments.group_pairs_by_image and condition != "other":
+        runs = image_runs(session.rows["image_hash"], positions, session.arguments.max_pairs_per_image)
+        positions = fill_batches(runs, size)
+    beside = saved.with_name(saved.name + ".new")  # drops a cut last line, or another model's records
+    beside.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *done]))
+    beside.replace(saved)
+    if not positions:
+        return done
+    with saved.open("a") as out, tqdm(total=len(session.rows), initial=len(done), unit="pair", desc=condition) as bar:
+
+        def keep(records: list[dict]) -> None:
+            out.writelines(json.dumps(record) + "\n" for record in records)
+            out.flush()
+            bar.update(len(records))
+
+        fresh = evaluation.score(
+            session.score_batch, session.rows, positions, session.collator, size, condition,
+            num_workers=int(session.recipe.get("dataloader_num_workers", 0)), on_batch=keep,
+        )  # fmt: skip
+    return done + fresh
+
+
+def fingerprint(session: Session) -> str:
+    """Names what was scored: model, adapter files, data and every key that changes a score."""
+    parts: dict[str, Any] = {key: session.recipe.get(key) for key in FROM_RECIPE}
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        root = Path(str(parts[key]))
+        if root.is_dir():
+            parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.glob("*.safetensors"))]
+    parts["rows"] = hashlib.sha256("\n".join(evaluation.unique_ids(session.rows)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def read_saved(path: Path, key: str) -> list[dict]:
+    """Records of an interrupted run with the same fingerprint; a last line that was cut off is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    try:
+        if json.loads(lines[0]).get("key") != key:
+            return []
+    except json.JSONDecodeError:
+        return []
+    return [json.loads(line) for line in lines[1:-1] if line]  # after the last newline: nothing, or a cut line
+
+
+def print_summary(model: str, dataset: str, summary: dict, grounding: dict | None) -> None:
+    """The numbers as a table."""
+    rows = [
+        ("preference accuracy", f"{summary['preference_accuracy']:.1%}  "
+         f"[{summary['preference_accuracy_low']:.1%}, {summary['preference_accuracy_high']:.1%}]"),
+        ("  by summed log-prob", f"{summary['preference_accuracy_sum']:.1%}"),
+        ("margin (nats per token)", f"{summary['logps/margin']:.4f}"),
+        ("log-prob chosen / rejected", f"{summary['logps/chosen']:.4f} / {summary['logps/rejected']:.4f}"),
+        ("SFT loss", f"{summary['sft_loss']:.4f}"),
+        ("odds-ratio loss", f"{summary['odds_ratio_loss']:.4f}"),
+    ]  # fmt: skip
+    for name in ("grey", "other"):
+        if grounding:
+            rows.append((f"accuracy, {name} image", f"{grounding[name]['preference_accuracy']:.1%}"))
+    for group in ("source", "question_type"):
+        if len(summary["subsets"][group]) > 1:
+            rows += [(f"  {k}", f"{m['preference_accuracy']:.1%}  (n={m['n']})") for k, m in summary["subsets"][group].items()]
+    print(f"\n{model} on {dataset}, {summary['n']} pairs")
+    for label, value in rows:
+        print(f"  {label:<28}{value}")
+
+
+def print_comparison(c: dict) -> None:
+    """The paired difference as a table."""
+    interval = "" if c["difference_low"] is None else f"  [{c['difference_low']:+.1%}, {c['difference_high']:+.1%}]"
+    print(f"\n{c['a']} minus {c['b']}, the same {c['n']} pairs on {c['n_images']} images")
+    print(f"  accuracy      {c['accuracy_a']:.1%} - {c['accuracy_b']:.1%} = {c['difference']:+.1%}{interval}")
+    print(f"  margin        {c['margin_difference']:+.4f} nats per token")
+    print(f"  McNemar       p = {c['mcnemar_p']:.3g} ({c['only_a']} gained, {c['only_b']} lost)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,145 @@
+"""Model, processor and held-out rows of a recipe, without training: what the scripts in `evals/` start from.
+
+Goes through LLaMA-Factory's own loading, so a base, adapter, merged or quantized model, and any registered dataset,
+is loaded exactly as `llamafactory-cli` would.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from . import integration, shared_attention
+from .autoload import PLUGIN_NAME, install
+from .collator import SharedPrefixCollator
+from .shared_prefix import response_logps
+from .vision_tower import skip_unread_vision_layers
+
+TRAINING_ONLY = (
+    "dataset", "do_train", "deepspeed", "fsdp", "fsdp_config", "eval_on_start", "eval_strategy", "eval_steps",
+    "save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
+    "early_stopping_steps", "plot_loss", "overwrite_output_dir", "run_name", "project", "num_train_epochs", "max_steps",
+    "resume_from_checkpoint",
+)  # fmt: skip
+
+
+def read_recipe(argv: Sequence[str], own_keys: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(recipe, the script's own keys) from `recipe.yaml key=value …`, as llamafactory-cli reads them.
+
+    own_keys: the script's keys with their defaults. Raises SystemExit with the usage for a missing recipe.
+    """
+    if not argv or argv[0] in ("-h", "--help") or not argv[0].endswith((".yaml", ".yml")):
+        keys = " ".join(f"[{key}={'' if value is None else value}]" for key, value in own_keys.items())
+        raise SystemExit(f"usage: python {sys.argv[0]} recipe.yaml [any recipe key=value …] {keys}")
+    if not Path(argv[0]).is_file():
+        raise SystemExit(f"There is no recipe {argv[0]}.")
+    bad = [word for word in argv[1:] if "=" not in word]
+    if bad:
+        raise SystemExit(f"Overrides are written key=value; got {' '.join(bad)}.")
+    merged = OmegaConf.merge(OmegaConf.load(argv[0]), OmegaConf.from_cli(list(argv[1:])))
+    recipe = OmegaConf.to_container(merged)
+    own = {key: recipe.pop(key, default) for key, default in own_keys.items()}
+    return recipe, own
+
+
+@dataclass
+class Session:
+    """A loaded recipe. `rows` are tokenized pairs (see `pairs.PairProcessor`), `arguments` the plugin's keys."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    processor: Any
+    template: Any
+    rows: Any
+    collator: SharedPrefixCollator
+    arguments: Any
+    recipe: dict[str, Any]
+    beta: float
+    autocast: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters())
+
+    @torch.no_grad()
+    def score_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """{"logps": (2n,), "lengths": (2n,)} of a collated batch: summed log-probs in nats, chosen first."""
+        packed = batch["packed"].to(self.device)
+        images = {key: batch[key].to(self.device) for key in ("pixel_values", "image_sizes") if key in batch}
+        context = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        with skip_unread_vision_layers(shared_attention.unwrap(self.model)), context:
+            logits = shared_attention.packed_forward(self.model, packed, **images)
+        sums, lengths = response_logps(logits, packed)
+        return {"logps": sums, "lengths": lengths}
+
+
+def model_label(recipe: dict[str, Any]) -> str:
+    """A short name for the model a recipe loads, usable as a folder name."""
+    name = Path(str(recipe["model_name_or_path"]).rstrip("/")).name
+    if recipe.get("adapter_name_or_path"):
+        adapters = recipe["adapter_name_or_path"]
+        adapters = adapters.split(",") if isinstance(adapters, str) else adapters
+        name += "+" + "+".join(Path(str(adapter).rstrip("/")).name for adapter in adapters)
+    return name + (f"-{recipe['quantization_bit']}bit" if recipe.get("quantization_bit") else "")
+
+
+def with_model(recipe: dict[str, Any], model: str) -> dict[str, Any]:
+    """The recipe with another model: `base` (no adapter), an adapter folder, or a model folder or Hub id."""
+    recipe = dict(recipe)
+    recipe.pop("adapter_name_or_path", None)
+    if model == "base":
+        return recipe
+    if (Path(model) / "adapter_config.json").is_file():
+        return {**recipe, "adapter_name_or_path": model, "finetuning_type": "lora"}
+    return {**recipe, "model_name_or_path": model}
+
+
+def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True) -> Session:
+    """Loads model, processor and the recipe's `eval_dataset`. Training keys of the recipe are ignored.
+
+    Raises ValueError when the recipe names no eval_dataset, and whatever loading raises.
+    """
+    if need_rows and not recipe.get("eval_dataset"):
+        raise ValueError("The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json).")
+    install()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+    from llamafactory.train.dpo import workflow
+
+    keys = {key: value for key, value in recipe.items() if key not in TRAINING_ONLY}
+    keys.update(plugins=PLUGIN_NAME, stage="dpo", do_train=False, do_eval=need_rows, report_to="none")
+    keys["output_dir"] = output_dir
+    if not keys.get("adapter_name_or_path"):
+        keys.setdefault("finetuning_type", "lora")
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(keys)
+    arguments = integration.current().arguments
+
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    rows = None
+    if need_rows:
+        rows = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **module)["eval_dataset"]
+    model = load_model(module["tokenizer"], model_args, finetuning_args, is_trainable=False)
+    if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
+        model.to(training_args.device)
+    backend, _ = shared_attention.choose_backend(training_args.device, arguments.attention_backend)
+    shared_attention.enable(model, backend)
+    collator = SharedPrefixCollator(
+        module["processor"],
+        shared_attention.unwrap(model).config.image_token_id,
+        arguments.group_pairs_by_image,
+        arguments.max_pairs_per_image,
+    )
+    autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    return Session(
+        model.eval(), module["tokenizer"], module["processor"], template, rows, collator, arguments, recipe,
+        finetuning_args.pref_beta, autocast,
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+# Sourced by quickstart.sh and test.sh: makes or reuses .venv with the pinned packages ($1: the requirements file).
+# Needs Python 3.11+ and git on the machine, nothing else. Reuses the environment while the pins stay the same.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+requirements=$1
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed; found $("$PYTHON" --version 2>&1). Set PYTHON=/path/to/python3.11." >&2
+    exit 1
+}
+stamp="$VENV/.installed-$(cat requirements*.txt requirements.lock pyproject.toml | sha256sum | cut -c1-16)-$(basename "$requirements")"
+if [ ! -e "$stamp" ]; then
+    echo "Installing into $VENV (several GB on a first run) ..."
+    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
+    "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" -r "$requirements"
+    touch "$stamp"
+fi
+export PATH="$PWD/$VENV/bin:$PATH"
+export HF_HUB_DISABLE_TELEMETRY=1

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the whole test suite in the pinned environment: bash scripts/test.sh [pytest arguments]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
+
+# The report's page is tested in a real browser.
+if ! command -v chromium >/dev/null && [ -z "${LLAVA_ORPO_NO_BROWSER:-}" ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "Installing chromium for the browser tests ..."
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+    else
+        echo "The browser tests need chromium: apt-get install chromium, or set LLAVA_ORPO_NO_BROWSER=1." >&2
+        exit 1
+    fi
+fi
+
+# Two workers with one thread each beat one worker with two threads on these small models.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadgroup "$@"

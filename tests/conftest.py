@@ -1,0 +1,8 @@
+"""Shared by all tests: no network, no W&B login, few threads' worth of noise."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")

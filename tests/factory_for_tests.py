@@ -1,0 +1,95 @@
+"""Trainers as LLaMA-Factory's `run_dpo` builds them, stopped before training; rows on real photographs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import make_photo_pairs  # noqa: E402
+import make_random_llava  # noqa: E402
+
+SMALL = make_random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56)
+CACHE = ROOT / "outputs" / "test-cache"
+SIZES = {"mixed": [(640, 480), (300, 900), (900, 300), (336, 336)], "small": [(300, 200), (200, 300)]}
+
+
+def random_model(name: str = "small56") -> Path:
+    """A random LLaVA-NeXT made once for all test processes: `small56` (56-pixel tiles) or a named geometry."""
+    geometry = SMALL if name == "small56" else make_random_llava.GEOMETRIES[name]
+    out = CACHE / name
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):
+        if not (out / "complete").exists():
+            make_random_llava.write(geometry, out)
+            (out / "complete").touch()
+    return out
+
+
+def photo_rows(images: int, pairs_per_image: int, aspect: str = "small") -> list[dict]:
+    """RLAIF-V rows on photographs with unequal response lengths."""
+    return make_photo_pairs.rows(images, pairs_per_image, 8, 5, sizes=SIZES[aspect])
+
+
+def write_rows(folder: Path, rows: list[dict], name: str = "rows") -> None:
+    """Writes rows.parquet and a dataset_info.json that registers it as `rows`."""
+    make_photo_pairs.write(folder / f"{name}.parquet", rows)
+    info_path = folder / "dataset_info.json"
+    info = json.loads(info_path.read_text()) if info_path.exists() else {}
+    info[name] = {"file_name": f"{name}.parquet", "formatting": "rlaif_v", "ranking": True}
+    info_path.write_text(json.dumps(info))
+
+
+def recipe(folder: Path, keys: dict) -> dict:
+    """A complete ORPO recipe on the small model and `rows`."""
+    return {
+        "plugins": "llava_orpo",
+        "model_name_or_path": str(random_model()),
+        "stage": "dpo",
+        "do_train": True,
+        "pref_loss": "orpo",
+        "pref_beta": 0.1,
+        "dataset_dir": str(folder),
+        "dataset": "rows",
+        "template": "llava_v16_mistral",
+        "cutoff_len": 4096,
+        "output_dir": str(folder / "out"),
+        "report_to": "none",
+        "per_device_train_batch_size": 4,
+        "disable_gradient_checkpointing": True,
+        "use_cpu": True,
+        "seed": 0,
+        **keys,
+    }
+
+
+class _Built(Exception):
+    pass
+
+
+def build_trainer(folder: Path, keys: dict):
+    """The trainer that `llamafactory-cli train` would call `train()` on."""
+    from llamafactory.train import tuner
+    from transformers import Trainer
+
+    caught = []
+
+    def stop(self, *args, **kwargs):
+        caught.append(self)
+        raise _Built
+
+    original, Trainer.train = Trainer.train, stop
+    try:
+        tuner.run_exp(recipe(folder, keys))
+    except _Built:
+        pass
+    finally:
+        Trainer.train = original
+    trainer = caught[0]
+    trainer.accelerator.free_memory()
+    return trainer
