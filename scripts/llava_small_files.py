@@ -110,6 +110,9 @@ def original_config(config: dict) -> dict:
         raise CheckpointError(f"RoPE of type {rope['rope_type']!r} is in no original LLaVA-1.6 checkpoint.")
     filled |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
     text = {key: given.get(key, filled.get(key)) for key in TEXT_KEYS if key in given or key in filled}
+    vocabulary = config["image_token_index"]
+    if (text.get("pad_token_id") or 0) >= vocabulary:  # <pad> is one of the rows that are dropped
+        del text["pad_token_id"]
     kind = given["model_type"]
     if kind not in ("llama", "mistral"):
         raise CheckpointError(f"An LLM of type {kind!r} is in no original LLaVA-1.6 checkpoint.")
@@ -131,7 +134,7 @@ def original_config(config: dict) -> dict:
         "torch_dtype": config.get("dtype", config.get("torch_dtype")),
         "unfreeze_mm_vision_tower": True,  # LLaVA then reads the tower from this checkpoint, not from CLIP's
         "use_mm_proj": True,
-        "vocab_size": config["image_token_index"],
+        "vocab_size": vocabulary,
     }
 
 

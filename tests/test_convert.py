@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -117,9 +118,13 @@ def test_transformers_to_original_and_back_is_bit_exact(tmp_path):
 def test_merged_model_without_sidecar(tmp_path, model, converted):
     """A model tuned after the conversion goes back with --files-from, or with a config made from its own."""
     merged = save_published(load_checked(converted), tmp_path / "merged", converted)
+    config = converter.read_json(merged / "config.json")
+    config["text_config"]["pad_token_id"] = 32001
+    (merged / "config.json").write_text(json.dumps(config))
     original = convert(merged, tmp_path / "original")
     config = converter.read_json(original / "config.json")
     assert config["vocab_size"] == VOCABULARY and config["model_type"] == "llava_mistral"
+    assert "pad_token_id" not in config  # a row the original does not have
     assert config["rope_theta"] == 10000.0 and config["num_key_value_heads"] == 2
     got = read_tensors(original)
     assert all(torch.equal(got[name], tensor) for name, tensor in original_tensors(model).items())
