@@ -93,3 +93,41 @@ def build_trainer(folder: Path, keys: dict):
     trainer = caught[0]
     trainer.accelerator.free_memory()
     return trainer
+
+
+def tokenized(folder: Path, keys: dict):
+    """(train rows, eval rows or None) as `run_dpo` gets them, without loading the model."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+    from llamafactory.train.dpo import workflow
+
+    model_args, data_args, training_args, _, _ = get_train_args(recipe(folder, keys))
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    out = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
+    return out["train_dataset"], out.get("eval_dataset")
+
+
+def run_cli(*words: str, env: dict | None = None, check: bool = True, timeout: int = 600):
+    """Runs `llamafactory-cli …` of this environment from the repository's root; returns the finished process."""
+    import os
+    import subprocess
+
+    command = [str(Path(sys.executable).parent / "llamafactory-cli"), *map(str, words)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def write_recipe(folder: Path, keys: dict, **more) -> Path:
+    """recipe.yaml with the keys of `recipe` (or exactly `keys` with plain=True)."""
+    import yaml
+
+    content = keys if more.get("plain") else recipe(folder, keys)
+    path = folder / f"{more.get('name', 'recipe')}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -1,0 +1,70 @@
+"""Ask a LLaVA-NeXT one question about one image, in plain transformers: no LLaMA-Factory, no plugin.
+
+    python scripts/ask.py outputs/tiny/merged --data outputs/tiny/data/demo_heldout.parquet --row 0
+    python scripts/ask.py outputs/llava16_orpo_merged --image photo.jpg --question "What is in the picture?"
+
+Stops with an error if any weight of the folder is missing or unexpected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def load(folder: str, dtype: str = "auto"):
+    """(model, processor) of a folder or Hub id; SystemExit when a weight is missing, unexpected or of another shape."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if problems:
+        raise SystemExit(f"{folder} did not load completely: {problems}")
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+@torch.no_grad()
+def answer(model, processor, image: Image.Image | None, question: str, max_new_tokens: int = 128) -> str:
+    """Greedy answer in the checkpoint's own chat template."""
+    content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--image", type=Path)
+    parser.add_argument("--question")
+    parser.add_argument("--data", type=Path, help="a parquet in RLAIF-V's schema to take image and question from")
+    parser.add_argument("--row", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--out", type=Path, help="also write question and answer as JSON")
+    args = parser.parse_args()
+    row = {}
+    if args.data:
+        import pyarrow.parquet as pq
+
+        row = pq.read_table(args.data).slice(args.row, 1).to_pylist()[0]
+    if not (args.question or row):
+        parser.error("give --question (with --image), or --data")
+    question = args.question or row["question"]
+    source = args.image or (io.BytesIO(row["image"]["bytes"]) if row else None)
+    image = Image.open(source).convert("RGB") if source else None
+    model, processor = load(args.model)
+    text = answer(model, processor, image, question, args.max_new_tokens)
+    print(f"Q: {question}\nA: {text}")
+    if args.out:
+        result = {"model": args.model, "question": question, "answer": text}
+        result.update({key: row[key] for key in ("chosen", "rejected") if key in row})
+        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
