@@ -86,7 +86,7 @@ def main() -> None:
         "after", "preference accuracy after",
         f"{evaluate} adapter_name_or_path={ADAPTER} output_dir={AFTER} restart=true", f"{AFTER}/preference_pairs.jsonl",
     )  # fmt: skip
-    steps.run("export", "merge and export", f"{cli} export recipes/tiny/llava16_merge.yaml", f"{MERGED}/model.safetensors")
+    steps.run("export", "merge and export", f"{cli} export recipes/tiny/llava16_merge.yaml", f"{MERGED}/config.json")
     steps.run("answer", "the merged model in plain transformers", f"{py} scripts/ask.py {MERGED} --row 0 --data {DATA}/demo_heldout.parquet --out {OUT}/answer.json", f"{OUT}/answer.json")
     steps.run("report", "report", f"{py} evals/report.py {ADAPTER} --baseline {BEFORE} --out {OUT}/report.html", f"{OUT}/report.html")
 

@@ -272,7 +272,8 @@ def write_shards(
     max_shard_gb: float,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index.
+    """Write tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index, or as
+    model.safetensors alone when one shard is enough.
 
     sizes: tensor name -> bytes, in writing order. fetch(name) gives the contiguous CPU tensor; one shard is
     in memory at a time. Raises CheckpointError if a fetched tensor does not have the size planned for it.
@@ -280,7 +281,7 @@ def write_shards(
     shards = plan_shards(sizes, int(max_shard_gb * 1e9))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
             tensors[name] = fetch(name)
@@ -290,5 +291,7 @@ def write_shards(
             on_tensor(name)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
+    if len(shards) == 1:
+        return
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,21 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     if recipe.get("project"):  # transformers' own `project` key reaches Trackio only
         os.environ.setdefault("WANDB_PROJECT", str(recipe["project"]))
     activate(parsed, recipe)
+    listen_locally()
     return rest
+
+
+def listen_locally() -> None:
+    """`api` serves 127.0.0.1 unless API_HOST says otherwise (0.9.5 alone: every network interface).
+
+    `webchat` reads GRADIO_SERVER_NAME before its recipe, so there is only a warning when nobody set it.
+    """
+    os.environ.setdefault("API_HOST", "127.0.0.1")
+    if "llamafactory.webui.interface" in sys.modules and "GRADIO_SERVER_NAME" not in os.environ:
+        logger.warning_rank0(
+            "webchat is about to listen on every network interface, without a password. "
+            "Start it with GRADIO_SERVER_NAME=127.0.0.1 to keep it to this machine."
+        )
 
 
 def check_version(parsed: PluginArguments) -> None:
@@ -151,6 +166,8 @@ def _swaps():
         ("llamafactory.model.loader", "patch_processor", _limit_processor),
         ("llamafactory.train.tuner", "load_model", _published_export),
         ("llamafactory.train.tuner", "load_tokenizer", _untouched_tokenizer_files),
+        # answers of chat, webchat and api as the model wrote them
+        ("llamafactory.chat.hf_engine", "load_tokenizer", _unedited_answers),
     ]
 
 
@@ -467,6 +484,18 @@ def _untouched_tokenizer_files(original):
             for part in module.values():
                 if part is not None:
                     part.save_pretrained = lambda *args, **kwargs: None
+        return module
+
+    return load_tokenizer
+
+
+def _unedited_answers(original):
+    """The chat engine decodes with clean_up_tokenization_spaces=True, which turns " ?" into "?" and " 's" into "'s"."""
+
+    @functools.wraps(original)
+    def load_tokenizer(model_args):
+        module = original(model_args)
+        module["tokenizer"].clean_up_tokenization = lambda text: text
         return module
 
     return load_tokenizer

@@ -82,8 +82,8 @@ class LlavaOrpoPlugin(BasePlugin):
             if holders:
                 before, after = messages[0]["content"].split(PLACEHOLDER, 1)
                 messages[0]["content"] = before + after.removeprefix("\n")
-            width, height = image_size(images[0])
-            messages[0]["image_tokens"] = [processor_geometry(processor).num_image_tokens(width, height)]
+            count = processor_geometry(processor).num_image_tokens(*image_size(images[0]))
+            messages[0]["image_tokens"] = [count if self.expand_mm_tokens else 1]  # vLLM repeats the placeholder itself
         return messages
 
     def _regularize_images(self, images, **kwargs):

@@ -7,7 +7,7 @@ it is the implementation the user chose.
 
 Packed rows, per group: the root is plain causal `scaled_dot_product_attention` (is_causal, so CUDA and CPU
 take their flash kernels), all tails are one call on the keys [root | tails] with a mask made once per batch.
-No T x T mask exists. transformers is imported when a model is enabled, not before.
+No T x T mask exists. The last layer runs only at the rows that are read (`last_layer.py`). transformers is imported when a model is enabled, not before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
+from . import last_layer
 from .shared_prefix import PackedBatch, SharedPrefixLayout
 
 BACKENDS = ("sdpa", "flex")
@@ -65,6 +66,8 @@ def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
     name = register(config._attn_implementation, backend)
     for text_config in _text_configs(inner):
         text_config._attn_implementation = name
+    if last_layer.serves(config):
+        last_layer.enable(inner.get_decoder())
     return name
 
 
@@ -74,6 +77,7 @@ def disable(model) -> None:
     for config in _text_configs(inner):
         if _is_ours(config):
             config._attn_implementation = config._attn_implementation.split(":", 2)[2]
+    last_layer.disable(inner.get_decoder())
 
 
 def is_enabled(model) -> bool:
@@ -97,6 +101,7 @@ def packed_forward(model, packed: PackedBatch, pixel_values=None, image_sizes=No
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call shared_attention.enable first")
+    trimmed = last_layer.serves(unwrap(model).config.get_text_config())
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -105,7 +110,7 @@ def packed_forward(model, packed: PackedBatch, pixel_values=None, image_sizes=No
         pixel_values=pixel_values,
         image_sizes=image_sizes,
         use_cache=False,
-        logits_to_keep=packed.logits_to_keep,
+        logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
         shared_prefix_layout=packed.layout,
         **kwargs,
     ).logits
@@ -134,24 +139,31 @@ def _attention(module, query, key, value, attention_mask, *, base: str, backend:
     for option in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ValueError(f"shared-prefix attention cannot serve {option}={kwargs[option]}")
-    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens or key.shape[2] != layout.num_tokens:
+    read_only = kwargs.pop("shared_prefix_read_only", False)
+    rows = len(layout.read.rows) if read_only else layout.num_tokens
+    if query.shape[0] != 1 or query.shape[2] != rows or key.shape[2] != layout.num_tokens:
         raise ValueError(
             f"the layout describes one row of {layout.num_tokens} tokens, but the model runs on query"
             f" {tuple(query.shape)} and key {tuple(key.shape)}: layout and batch do not belong together"
         )
-    attend = _flex_attention if backend == "flex" else _sdpa_attention
+    attend = _read_rows_attention if read_only else _flex_attention if backend == "flex" else _sdpa_attention
     output = attend(query, key, value, layout, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.transpose(1, 2).contiguous(), None
 
 
-def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
+def _kernel(query, key, value, scale: float | None, dropout: float):
+    """SDPA with its options bound, and keys and values in the form it takes."""
     grouped_heads = query.shape[1] != key.shape[1]
     if grouped_heads and query.device.type != "cpu":
         # CUDA has no fused kernel for grouped heads with a mask, the tails' case; CPU flash takes both.
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         grouped_heads = False
-    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped_heads)
+    return partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=grouped_heads), key, value
+
+
+def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
+    attend, key, value = _kernel(query, key, value, scale, dropout)
     # split, not slices: its backward is one concatenation instead of one zero-filled row per group.
     parts = [part for group in layout.groups for part in group]
     sizes = [root + tail for root, tail in layout.groups]
@@ -163,6 +175,15 @@ def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float 
             outputs.append(attend(root_query, keys[:, :, :root], values[:, :, :root], is_causal=True))
         outputs.append(attend(tail_query, keys, values, attn_mask=mask))
     return torch.cat(outputs, dim=2)
+
+
+def _read_rows_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
+    """The last layer's: queries at `layout.read.rows` only, few enough for one masked call per group."""
+    attend, key, value = _kernel(query, key, value, scale, dropout)
+    sizes = [root + tail for root, tail in layout.groups]
+    rows = zip(query.split(layout.read.counts, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2))
+    masks = layout.read_masks(query.dtype)
+    return torch.cat([attend(*parts, attn_mask=mask) for parts, mask in zip(rows, masks)], dim=2)
 
 
 def _flex_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):

@@ -54,12 +54,27 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class ReadRows:
+    """The K' positions of a packed row whose final hidden state is read: each predicts a response token.
+
+    rows    (K',) int64, ascending, each position once
+    counts  how many of them each group holds
+    index   (K,) int64: where each entry of `PackedBatch.logits_to_keep` stands in `rows`
+    """
+
+    rows: torch.Tensor
+    counts: tuple[int, ...]
+    index: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class SharedPrefixLayout:
     """Who sees whom in a packed row of T tokens.
 
     segments     all segments in row order
     groups       per group (root length, tail length); groups follow each other without gaps
     subtree_end  (T,) int64: end of the subtree of each token's segment
+    read         see ReadRows
 
     Masks are computed once per layout and dtype, on the device of `subtree_end`, at their first use.
     """
@@ -67,6 +82,7 @@ class SharedPrefixLayout:
     segments: tuple[Segment, ...]
     groups: tuple[tuple[int, int], ...]
     subtree_end: torch.Tensor
+    read: ReadRows
 
     @property
     def num_tokens(self) -> int:
@@ -79,21 +95,29 @@ class SharedPrefixLayout:
 
     def tail_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Per group the additive mask (1, 1, tail, root + tail) of its tail queries: 0 seen, -inf hidden."""
-        if dtype not in self._cache:
-            self._cache[dtype] = tuple(self._tail_masks(dtype))
-        return self._cache[dtype]
+        if ("tail", dtype) not in self._cache:
+            rows = torch.arange(self.num_tokens, device=self.subtree_end.device)
+            parts = rows.split([part for group in self.groups for part in group])
+            self._cache["tail", dtype] = self._masks(parts[1::2], dtype)
+        return self._cache["tail", dtype]
 
-    def _tail_masks(self, dtype: torch.dtype):
-        start = 0
-        for root, tail in self.groups:
+    def read_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Per group the additive mask (1, 1, count, root + tail) of its queries at `read.rows`."""
+        if ("read", dtype) not in self._cache:
+            self._cache["read", dtype] = self._masks(self.read.rows.split(self.read.counts), dtype)
+        return self._cache["read", dtype]
+
+    def _masks(self, queries: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        start, masks = 0, []
+        for (root, tail), query in zip(self.groups, queries):
             stop = start + root + tail
-            query = torch.arange(start + root, stop, device=self.subtree_end.device)[:, None]
             key = torch.arange(start, stop, device=self.subtree_end.device)
-            hidden = (key > query) | (query >= self.subtree_end[start:stop])
+            hidden = (key > query[:, None]) | (query[:, None] >= self.subtree_end[start:stop])
             # Rows padded to 16 elements: CUDA's memory-efficient kernel would else copy the mask per layer.
-            mask = torch.zeros(tail, -(-(root + tail) // 16) * 16, dtype=dtype, device=hidden.device)
-            yield mask[:, : root + tail].masked_fill_(hidden, float("-inf"))[None, None]
+            mask = torch.zeros(len(query), -(-(root + tail) // 16) * 16, dtype=dtype, device=hidden.device)
+            masks.append(mask[:, : root + tail].masked_fill_(hidden, float("-inf"))[None, None])
             start = stop
+        return tuple(masks)
 
     def block_mask(self):
         """`torch.nn.attention.flex_attention.BlockMask` of the whole row, from block-wise minima and maxima
@@ -190,7 +214,7 @@ def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
             changes[field.name] = move(value)
-        elif isinstance(value, SharedPrefixLayout):
+        elif isinstance(value, (SharedPrefixLayout, ReadRows)):
             changes[field.name] = _map_tensors(value, move)
     return dataclasses.replace(batch, **changes)
 
@@ -291,19 +315,24 @@ class _Row:
         starts = torch.tensor([segment.start for segment in self.segments])
         positions = torch.tensor([segment.position for segment in self.segments])
         offset = torch.arange(len(self.ids)) - torch.repeat_interleave(starts, sizes)
+        ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
+        keep = torch.tensor([position for positions, _ in ordered for position in positions])
+        rows, index = torch.unique(keep, return_inverse=True)
+        group_stops = torch.tensor([root + tail for root, tail in self.groups]).cumsum(0)
+        counts = torch.searchsorted(rows, group_stops).diff(prepend=torch.zeros(1, dtype=torch.int64))
         layout = SharedPrefixLayout(
             segments=tuple(self.segments),
             groups=tuple(self.groups),
             subtree_end=torch.repeat_interleave(torch.tensor(ends), sizes),
+            read=ReadRows(rows, tuple(counts.tolist()), index),
         )
-        ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
         response_lengths = tuple(len(ids) for _, ids in ordered)
         lengths = torch.tensor(response_lengths)
         return PackedBatch(
             input_ids=torch.tensor(self.ids)[None],
             position_ids=(torch.repeat_interleave(positions, sizes) + offset)[None],
             layout=layout,
-            logits_to_keep=torch.tensor([position for keep, _ in ordered for position in keep]),
+            logits_to_keep=keep,
             targets=torch.tensor([token for _, ids in ordered for token in ids]),
             response_of=torch.repeat_interleave(torch.arange(len(ordered)), lengths),
             lengths=lengths,

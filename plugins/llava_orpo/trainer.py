@@ -15,8 +15,9 @@ import torch
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
+from peft import PeftModel
 
-from . import evaluation, orpo, preference, shared_attention
+from . import evaluation, full_checkpoint, orpo, preference, shared_attention
 from .arguments import PluginArguments
 from .collator import GroupByImageSampler, fill_batches, image_runs
 from .reporting import WandbExamples, write_skipped
@@ -195,6 +196,29 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             wanted = ["sft_loss", "odds_ratio_loss", "log_odds", "logps/chosen", "logps/rejected"]
             wanted += ["learning_rate", "grad_norm", "eval_preference_accuracy"]
             plot_loss(self.args.output_dir, keys=[key for key in wanted if key in history])
+
+    # whole models -------------------------------------------------------------------------------------------
+
+    def _is_whole_model(self) -> bool:
+        return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._is_whole_model():
+            model = shared_attention.unwrap(self.model)
+            full_checkpoint.save_into(model, output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            full_checkpoint.load_into(shared_attention.unwrap(model or self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            full_checkpoint.load_into(shared_attention.unwrap(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     # evaluation ---------------------------------------------------------------------------------------------
 
