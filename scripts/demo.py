@@ -1,0 +1,200 @@
+"""A page where anyone sees the difference: ask the base and the aligned model, or let both judge two answers.
+
+    python scripts/demo.py recipes/llava16_orpo_qlora.yaml --aligned outputs/llava16_orpo_qlora
+    python scripts/demo.py recipes/tiny/llava16_orpo_qlora.yaml --aligned outputs/tiny/orpo_qlora \
+        --examples outputs/tiny/data/demo_heldout.parquet
+
+Model, precision and prompt are the recipe's; `key=value` overrides it. --aligned is an adapter folder (the base model
+is loaded once) or a merged model's folder. Serves http://127.0.0.1:7860 and nothing else unless told to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", "The '.*' parameter in", DeprecationWarning)  # 5.50 announces Gradio 6
+
+import demo_page as page
+import gradio as gr
+import pyarrow.parquet as pq
+from demo_models import Candidate, compare, load_candidates, read_image, stream_answer
+from llava_orpo.checkpoint_files import CheckpointError
+from llava_orpo.images import ImageError, content_hash
+from llava_orpo.session import read_recipe
+
+MAX_QUESTION, MAX_ANSWER = 2000, 4000  # characters
+WAITING_USERS = 32
+ROLES = ("Base", "Aligned")
+FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no web fonts
+MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
+
+
+def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new_tokens: int) -> gr.Blocks:
+    """The page. examples: {"image": path, "question", "chosen", "rejected"} each."""
+    labels = [candidate.label for candidate in candidates]
+    theme = gr.themes.Base(
+        primary_hue="blue", neutral_hue="slate", radius_size="lg", font=list(FONTS), font_mono=list(MONO)
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_500",  # the default is too pale to read on white
+    )
+    css = (Path(__file__).parent / "demo.css").read_text(encoding="utf-8")
+
+    def ask(path: str | None, question: str) -> Iterator[tuple[str, str]]:
+        with messages():
+            image, question = checked(path, question)
+            said = ["", ""]
+            for turn, candidate in enumerate(candidates):
+                for said[turn] in stream_answer(candidate, image, question, max_new_tokens):
+                    states = ("writing", "waiting") if turn == 0 else ("done", "writing")
+                    yield tuple(map(page.answer_card, ROLES, labels, said, states))
+            others = [said[1], said[0]]
+            yield tuple(page.answer_card(*card, "done", other) for *card, other in zip(ROLES, labels, said, others))
+
+    def judge(path: str | None, question: str, a: str, b: str) -> list[str]:
+        with messages():
+            image, question = checked(path, question)
+            a, b = a.strip(), b.strip()
+            if not a or not b or max(len(a), len(b)) > MAX_ANSWER:
+                raise ValueError(f"Write two answers, A and B, of up to {MAX_ANSWER} characters each.")
+            scores = [compare(candidate, image, question, a, b) for candidate in candidates]
+        return [page.comparison_card(*card) for card in zip(ROLES, labels, scores)]
+
+    def empty() -> list[str]:
+        return [page.answer_card(*card, "", "empty") for card in zip(ROLES, labels)] + [
+            page.comparison_card(*card, None) for card in zip(ROLES, labels)
+        ]
+
+    def pick(index: int) -> list:
+        row = examples[index]
+        return [row["image"], row["question"], row["chosen"], row["rejected"], *empty()]
+
+    with gr.Blocks(
+        title="LLaVA-ORPO", theme=theme, css=css, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
+    ) as blocks:
+        gr.HTML(page.header(*labels), padding=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                picture = gr.Image(
+                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=280,
+                    show_download_button=False, show_share_button=False, elem_id="picture",
+                )  # fmt: skip
+                picture.preprocess = uploaded_path
+                question = gr.Textbox(
+                    label="Question", lines=2, max_length=MAX_QUESTION, placeholder="What is in the picture?"
+                )
+                if examples:
+                    gallery = gr.Dataset(
+                        components=[picture], samples=[[row["image"]] for row in examples], type="index",
+                        label="Examples", layout="gallery", samples_per_page=12,
+                    )  # fmt: skip
+            with gr.Column(scale=8, min_width=360), gr.Tabs():
+                blank = empty()
+                with gr.Tab("Ask"):
+                    ask_button = gr.Button("Ask both", variant="primary", elem_id="ask")
+                    with gr.Row(equal_height=True):
+                        answers = [gr.HTML(html, min_height=132, padding=False, elem_classes="answers") for html in blank[:2]]
+                with gr.Tab("Compare two answers"):
+                    with gr.Row():
+                        first = gr.Textbox(label="Answer A", lines=3, max_length=MAX_ANSWER)
+                        second = gr.Textbox(label="Answer B", lines=3, max_length=MAX_ANSWER)
+                    judge_button = gr.Button("Which one does each model prefer?", variant="primary", elem_id="judge")
+                    with gr.Row(equal_height=True):
+                        verdicts = [gr.HTML(html, min_height=132, padding=False, elem_classes="answers") for html in blank[2:]]
+                    note = "An example fills in its chosen answer as A and its rejected one as B." if examples else ""
+                    gr.HTML(page.LEGEND + f'<p class="note">{note}</p>', padding=False)
+        # One request computes at a time, on either tab; the others wait in line and see their place in it.
+        gr.on(
+            [ask_button.click, question.submit], ask, [picture, question], answers,
+            concurrency_id="models", concurrency_limit=1, show_progress="minimal",
+        )  # fmt: skip
+        judge_button.click(
+            judge, [picture, question, first, second], verdicts,
+            concurrency_id="models", concurrency_limit=1, show_progress="minimal",
+        )  # fmt: skip
+        if examples:
+            filled = [picture, question, first, second, *answers, *verdicts]
+            gallery.click(pick, gallery, filled, queue=False, show_progress="hidden")
+    return blocks.queue(max_size=WAITING_USERS)
+
+
+def uploaded_path(payload) -> str | None:
+    """Takes the place of gr.Image.preprocess, which opens, turns and may convert the file: `read_image` does that."""
+    return None if payload is None else payload.path
+
+
+def checked(path: str | None, question: str) -> tuple[bytes, str]:
+    """The image's bytes and the question, or a ValueError that says what is missing."""
+    if path is None:
+        raise ValueError("Upload an image, or pick an example, first.")
+    question = question.strip()
+    if not question or len(question) > MAX_QUESTION:
+        raise ValueError(f"Write a question of up to {MAX_QUESTION} characters.")
+    return read_image(path), question
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """What a user can mend becomes a message on the page; everything else is also printed with its traceback."""
+    try:
+        yield
+    except (ValueError, CheckpointError, ImageError) as error:
+        raise gr.Error(escape(str(error)), duration=8, title="Not possible", print_exception=False) from error
+
+
+def read_examples(path: Path, count: int, folder: Path) -> list[dict]:
+    """One pair each of the first `count` images in a parquet of RLAIF-V's schema; the images become files in `folder`.
+
+    Where an image has several pairs, image i shows its pair i (cyclic), so that all kinds of questions occur.
+    """
+    pairs: dict[str, list[dict]] = {}
+    for batch in pq.ParquetFile(path).iter_batches(64, columns=["image", "question", "chosen", "rejected"]):
+        for row in batch.to_pylist():
+            image = row["image"]
+            key = content_hash(image["bytes"])
+            if key not in pairs and len(pairs) == count:
+                return [rows[i % len(rows)] for i, rows in enumerate(pairs.values())]
+            target = folder / (key + (Path(image["path"] or "").suffix or ".png"))
+            target.write_bytes(image["bytes"])
+            pairs.setdefault(key, []).append({**row, "image": str(target)})
+    return [rows[i % len(rows)] for i, rows in enumerate(pairs.values())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    parser.add_argument("--aligned", required=True, help="an adapter folder, or a merged model's folder or Hub id")
+    parser.add_argument("--examples", type=Path, help="a parquet in RLAIF-V's schema; its first images are offered")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-upload-mb", type=int, default=10)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true", help="also open a public address through gradio.live")
+    args = parser.parse_intermixed_args()
+    recipe, _ = read_recipe([args.recipe, *args.overrides], {})
+    with tempfile.TemporaryDirectory(prefix="llava-orpo-demo-") as scratch:
+        examples = read_examples(args.examples, 12, Path(scratch)) if args.examples else []
+        try:
+            candidates = load_candidates(recipe, args.aligned, scratch)
+        except CheckpointError as error:
+            raise SystemExit(str(error)) from None
+        build(candidates, examples, args.max_new_tokens).launch(
+            server_name=args.host, server_port=args.port, share=args.share, show_api=False, show_error=True,
+            max_file_size=f"{args.max_upload_mb}mb", allowed_paths=[scratch],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
