@@ -1,0 +1,128 @@
+"""Writes docs/benchmarks.md from benchmarks/results/*.json: run a benchmark again, then this.
+
+    python benchmarks/make_tables.py
+
+Every number in that page comes from a result file; each table stands beside the command, the machine and the load
+that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import data_side
+import eval_speed
+import extrapolate
+import measure
+import orpo_step
+import peers
+import setting
+
+PAGE = setting.ROOT / "docs" / "benchmarks.md"
+INTRODUCTION = """# Benchmarks
+
+Made by `python benchmarks/make_tables.py` from `benchmarks/results/*.json`. Both sides run in turn in one process or one
+after the other in one run, on the same rows; what counts is the ratio, not the seconds of a CPU. There is no GPU number
+here: the one table about GPUs is computed and says so.
+
+Models are random, with LLaVA-1.6's geometry at full size (336-pixel tiles, five grids, 32,064 pieces); only widths and
+depths differ. `mid`: LM 512 wide, 8 layers; vision 256 wide, 6 layers. `slice7b`: the 7B's true widths, 2 of its 32
+decoder layers, 3 of its 24 vision layers. Photographs are 640x480: 2,340 image tokens.
+"""
+STEP = """## One training step
+
+Forward and backward in fp32, LoRA rank 64 on decoder and projector, no gradient checkpointing. LLaMA-Factory's own
+`CustomDPOTrainer` and collator against the shared prefix: same weights, same token ids, same pixels, gradients compared.
+Memory is the process's peak above what it held after loading.
+
+How to read the ratios: *FLOPs* is what the speed-up would be if both sides ran equally efficiently; *attention + head*
+and *linear layers* are the same for these parts alone, so they are the limits toward which the speed-up moves when one or
+the other dominates. The linear layers' part is what is left at great width. The last decoder layer runs only on the
+rows whose output is read: worth 1/8 of the decoder in `mid` and **half of it in `slice7b`, which has only two layers**;
+in the real 7B it is 1/32, so read `slice7b` as a check of efficiency at true widths, and the computed table below for
+the 7B.
+"""
+TARGETS = {  # (geometry, pairs an image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
+    ("mid", 1): (4.0, 2.0, 0.6),
+    ("mid", 4): (10.0, None, 0.6),
+    ("slice7b", 1): (2.2, None, None),
+    ("slice7b", 4): (6.0, None, None),
+}
+
+
+def load(folder: Path, pattern: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def source(result: dict) -> str:
+    """The line under a table: command, machine, load."""
+    m = result["machine"]
+    return f"`{result['command']}` on {m['cpu']}, {m['threads']} of {m['cores']} cores, load {m['load']}, {m['time']}."
+
+
+def step_table(results: list[dict]) -> str:
+    """All step results, one row each."""
+    rows = []
+    for result in results:
+        stock, ours = (result["sides"][side] for side in orpo_step.SIDES)
+        found = result["ratios"]
+        rows.append(
+            [result["geometry"], result["pairs_per_image"], stock["seconds_per_step"], ours["seconds_per_step"],
+             f"{found['speed']:.2f}x", f"{found['memory']:.2f}x" if "memory" in found else "-",
+             f"{ours['share_of_gemm_rate']:.0%}", f"{found['flops']:.2f}", f"{found['flops_attention_and_head']:.2f}",
+             f"{found['flops_linear']:.2f}", f"{result['largest_relative_gradient_difference']:.0e}"]
+        )  # fmt: skip
+    head = ["model", "pairs/image", "LLaMA-Factory, s", "ours, s", "speed", "memory", "of GEMM rate", "FLOPs",
+            "attention + head", "linear layers", "gradient diff."]  # fmt: skip
+    return measure.table(head, rows)
+
+
+def targets(results: list[dict]) -> str:
+    """Which of the asked-for figures were met, and by how much one was missed."""
+    lines = []
+    for result in results:
+        asked = TARGETS.get((result["geometry"], result["pairs_per_image"]))
+        if asked is None:
+            continue
+        found = (result["ratios"]["speed"], result["ratios"].get("memory"), result["sides"]["ours"]["share_of_gemm_rate"])
+        for name, wanted, value in zip(("speed", "memory", "share of GEMM rate"), asked, found):
+            if wanted is not None and value is not None:
+                verdict = "met" if value >= wanted else f"missed by {1 - value / wanted:.0%}"
+                lines.append([result["geometry"], result["pairs_per_image"], name, wanted, round(value, 2), verdict])
+    return measure.table(["model", "pairs/image", "target", "at least", "measured", ""], lines)
+
+
+def page(folder: Path) -> str:
+    """The whole document; a part whose benchmark was not run is left out."""
+    parts = [INTRODUCTION]
+    steps = load(folder, "step_*.json")
+    if steps:
+        parts += [STEP, step_table(steps), "", targets(steps), "", *(source(result) + "\n" for result in steps)]
+    sections = {
+        "## Evaluation": ("eval_*.json", eval_speed.show),
+        "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
+        "## Whole runs against other toolkits": ("peers_*.json", peers.show),
+        "## The real 7B on GPUs: computed, not run": ("extrapolation.json", extrapolate.show),
+    }
+    for title, (pattern, show) in sections.items():
+        found = load(folder, pattern)
+        if found:
+            parts.append(title + "\n")
+            parts += [f"{show(result)}\n\n{source(result)}\n" for result in found]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=measure.RESULTS)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(args.results))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

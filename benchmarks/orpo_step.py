@@ -1,0 +1,174 @@
+"""One ORPO training step (forward and backward): LLaMA-Factory's own path against the shared prefix, in turn.
+
+    python benchmarks/orpo_step.py --geometry mid                       # 1 pair an image
+    python benchmarks/orpo_step.py --geometry mid --pairs-per-image 4   # and 4 on one image, group_pairs_by_image
+    python benchmarks/orpo_step.py --geometry slice7b --repeats 2       # the 7B's widths, 2 of its 32 layers; 20 GB
+
+Same weights, same token ids, same pixels (640x480 photographs, 336-pixel anyres), fp32, LoRA rank 64, no gradient
+checkpointing, no optimizer step. LLaMA-Factory takes several pairs of an image one after the other (batch 1 with
+gradient accumulation): on a CPU that is as fast as a batch and takes the least memory. Times are medians of runs in
+turn, A B A B. Peak memory: the process's high-water mark above what it held after loading, each side in a process of
+its own. Writes results/step_<geometry>_<pairs>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+import setting
+import torch
+
+SIDES = ("stock", "ours")
+
+
+def batches(side: str, trainer, pairs: int) -> list[dict]:
+    """The micro-batches of one step: `pairs` single pairs for LLaMA-Factory, one packed row for ours."""
+    indices = [[i] for i in range(pairs)] if side == "stock" else [list(range(pairs))]
+    return [setting.collate(trainer, picked) for picked in indices]
+
+
+def build(side: str, geometry: str, folder: Path, pairs: int):
+    keys = {"group_pairs_by_image": True, "max_pairs_per_image": pairs} if side == "ours" and pairs > 1 else {}
+    return setting.build(side, geometry, folder, **keys)
+
+
+def lm_tokens(side: str, micro: list[dict]) -> int:
+    """Positions the language model runs on in a step."""
+    return sum(b["packed"].num_tokens if side == "ours" else b["input_ids"].numel() for b in micro)
+
+
+def step_memory(side: str, geometry: str, folder: Path, pairs: int) -> dict[str, int]:
+    """Peak memory of two micro-batches of one side, gradients included; run in a process of its own."""
+    trainer = build(side, geometry, folder, pairs)
+    batch = batches(side, trainer, pairs)[0]  # LLaMA-Factory's peak is that of any micro-batch
+    with measure.peak_memory() as memory:
+        for _ in range(2):
+            setting.forward_backward(trainer, batch)
+    return memory
+
+
+def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
+    """Everything but memory, both sides in this process."""
+    setting.write_rows(folder, 1, pairs)
+    trainers = {side: build(side, geometry, folder, pairs) for side in SIDES}
+    setting.share_weights(trainers["stock"].model, trainers["ours"].model)
+    micro = {side: batches(side, trainer, pairs) for side, trainer in trainers.items()}
+
+    result: dict = {"geometry": geometry, "pairs_per_image": pairs, "repeats": repeats, "sides": {}}
+    losses, found = {}, {}
+    for side, trainer in trainers.items():  # the first pass warms up, counts FLOPs and gives the gradients
+        share = 1 / len(micro[side])
+        flops = measure.count_flops(
+            lambda: losses.update(
+                {side: sum(share * setting.forward_backward(trainer, b, share) for b in micro[side])}
+            )
+        )
+        found[side] = setting.gradients(trainer)
+        result["sides"][side] = {"flops": flops, "lm_tokens": lm_tokens(side, micro[side]), "loss": losses[side]}
+    result["image_tokens"] = micro["ours"][0]["packed"].num_image_tokens
+    result["response_tokens"] = list(micro["ours"][0]["packed"].response_lengths)
+    result["largest_relative_gradient_difference"] = setting.largest_difference(found["ours"], found["stock"])
+    del found
+
+    def run(side: str, repeat: int) -> None:
+        setting.forward_backward(trainers[side], micro[side][repeat % len(micro[side])])
+        trainers[side].model.zero_grad(set_to_none=True)
+
+    rates: list[float] = []
+    calls = {side: lambda repeat, side=side: run(side, repeat) for side in SIDES}
+    calls["gemm"] = lambda repeat: rates.append(measure.gemm_rate())
+    seconds = measure.in_turn(calls, repeats)
+    result["gemm_flops_per_second"] = measure.median(rates)
+    for side in SIDES:
+        entry = result["sides"][side]
+        entry["seconds_of_each_micro_batch"] = seconds[side]
+        entry["seconds_per_step"] = measure.median(seconds[side]) * len(micro[side])
+        entry["pairs_per_second"] = pairs / entry["seconds_per_step"]
+        achieved = entry["flops"]["total"] / entry["seconds_per_step"]
+        entry["share_of_gemm_rate"] = achieved / result["gemm_flops_per_second"]
+    return result
+
+
+def ratios(result: dict) -> dict[str, float]:
+    """LLaMA-Factory's figure over ours; above 1 ours is better.
+
+    flops is the limit of the speed-up at equal efficiency; flops_attention_and_head the same when only attention and
+    LM-head work counted, flops_linear when only the linear layers of the decoder and the projector did.
+    """
+    stock, ours = result["sides"]["stock"], result["sides"]["ours"]
+    out = {
+        "speed": stock["seconds_per_step"] / ours["seconds_per_step"],
+        "lm_tokens": stock["lm_tokens"] / ours["lm_tokens"],
+        "flops": stock["flops"]["total"] / ours["flops"]["total"],
+        "flops_linear": stock["flops"]["rest"] / ours["flops"]["rest"],
+        "flops_attention_and_head": (stock["flops"]["attention"] + stock["flops"]["lm_head"])
+        / (ours["flops"]["attention"] + ours["flops"]["lm_head"]),
+    }
+    if "memory" in stock:
+        out["memory"] = stock["memory"]["over_load"] / ours["memory"]["over_load"]
+    return out
+
+
+def memory_of(side: str, args) -> dict[str, int]:
+    """`step_memory` in a fresh process."""
+    command = [sys.executable, __file__, "--geometry", args.geometry, "--pairs-per-image", str(args.pairs_per_image)]
+    done = subprocess.run([*command, "--memory-of", side], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(result: dict) -> str:
+    """The table of one run."""
+    sides = result["sides"]
+    rows = [
+        [name, *(pick(sides[side]) for side in SIDES)]
+        for name, pick in {
+            "seconds per step": lambda s: s["seconds_per_step"],
+            "pairs per second": lambda s: s["pairs_per_second"],
+            "tokens through the LM": lambda s: s["lm_tokens"],
+            "GFLOP per step": lambda s: s["flops"]["total"] / 1e9,
+            "share of GEMM rate": lambda s: s["share_of_gemm_rate"],
+            **({"peak memory, GB": lambda s: s["memory"]["over_load"] / 1e9} if "memory" in sides["ours"] else {}),
+        }.items()
+    ]
+    head = [f"{result['geometry']}, {result['pairs_per_image']} pair(s) an image", "LLaMA-Factory", "shared prefix"]
+    lines = [measure.table(head, rows), ""]
+    lines += [f"{name} ratio: {value:.2f}" for name, value in result["ratios"].items()]
+    lines.append(f"largest relative gradient difference: {result['largest_relative_gradient_difference']:.1e}")
+    lines.append(f"GEMM rate: {result['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=setting.GEOMETRIES, default="mid")
+    parser.add_argument("--pairs-per-image", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
+    parser.add_argument("--smoke", action="store_true", help="smallest model, one repeat: does it run")
+    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.smoke:
+        args.geometry, args.repeats = "smoke", 1
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory_of:
+            setting.write_rows(Path(folder), 1, args.pairs_per_image)
+            print(json.dumps(step_memory(args.memory_of, args.geometry, Path(folder), args.pairs_per_image)))
+            return
+        memory = {} if args.no_memory else {side: memory_of(side, args) for side in SIDES}
+        result = compare(args.geometry, args.pairs_per_image, args.repeats, Path(folder))
+    for side, bytes_of in memory.items():
+        result["sides"][side]["memory"] = bytes_of
+    result["ratios"] = ratios(result)
+    path = measure.save(f"step_{args.geometry}_{args.pairs_per_image}", result, args.out)
+    print(f"{show(result)}\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What every benchmark runs on: random LLaVA-NeXT models of the real geometry, photograph rows, both trainers.
+
+`stock` is LLaMA-Factory's own CustomDPOTrainer with its own collator and step, built through the plugin with
+`shared_prefix: false`, so that both sides get the very same token ids and pixels; `ours` differs in that key alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+WORK = Path(os.environ.get("LLAVA_ORPO_BENCH_DIR", ROOT / "outputs" / "bench"))
+sys.path.insert(0, str(ROOT / "scripts"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+
+import make_photo_pairs  # noqa: E402
+import make_random_llava  # noqa: E402
+
+PHOTO = [(640, 480)]  # COCO's usual size: 2,340 image tokens
+CHOSEN_WORDS, REJECTED_WORDS = 68, 55  # about 80 and 65 tokens
+GEOMETRIES = {
+    **make_random_llava.GEOMETRIES,
+    "smoke": make_random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56),  # proves nothing but that it runs
+}
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 64,
+    "lora_alpha": 128,
+    "lora_target": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,linear_1,linear_2",
+    "freeze_multi_modal_projector": False,
+}
+
+
+def model_folder(geometry: str) -> Path:
+    """A random model of one of `GEOMETRIES`, made at the first use."""
+    out = WORK / "models" / geometry
+    if not (out / "model.safetensors").exists():
+        make_random_llava.write(GEOMETRIES[geometry], out)
+    return out
+
+
+def write_rows(folder: Path, images: int, pairs_per_image: int, sizes=PHOTO) -> list[dict[str, Any]]:
+    """Photograph pairs as <folder>/rows.parquet, with `<image>` before the questions as stock.parquet (what
+    LLaMA-Factory needs without the plugin), and a dataset_info.json for both; returns the rows."""
+    rows = make_photo_pairs.rows(images, pairs_per_image, CHOSEN_WORDS, REJECTED_WORDS, sizes=sizes)
+    make_photo_pairs.write(folder / "rows.parquet", rows)
+    marked = [dict(row, question="<image>\n" + row["question"]) for row in rows]
+    make_photo_pairs.write(folder / "stock.parquet", marked)
+    columns = {"prompt": "question", "chosen": "chosen", "rejected": "rejected", "images": "image"}
+    info = {
+        "rows": {"file_name": "rows.parquet", "formatting": "rlaif_v", "ranking": True},
+        "stock": {"file_name": "stock.parquet", "ranking": True, "columns": columns},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return rows
+
+
+def recipe(geometry: str, folder: Path, **keys) -> dict[str, Any]:
+    """A whole ORPO + LoRA recipe in fp32 without gradient checkpointing on `write_rows`'s rows."""
+    return {
+        "plugins": "llava_orpo", "model_name_or_path": str(model_folder(geometry)), "stage": "dpo", "do_train": True,
+        **LORA, "pref_loss": "orpo", "pref_beta": 0.1, "dataset_dir": str(folder), "dataset": "rows",
+        "template": "llava_v16_mistral", "cutoff_len": 4096, "output_dir": str(folder / "out"), "report_to": "none",
+        "per_device_train_batch_size": 1, "disable_gradient_checkpointing": True, "use_cpu": True, "seed": 0, **keys,
+    }  # fmt: skip
+
+
+def without_plugin(keys: dict[str, Any]) -> dict[str, Any]:
+    """The recipe for untouched LLaMA-Factory, on its own format and template."""
+    keys = {key: value for key, value in keys.items() if key != "plugins"}
+    return {**keys, "dataset": "stock", "template": "llava_next_mistral"}
+
+
+class _Built(Exception):
+    pass
+
+
+def build(side: str, geometry: str, folder: Path, **keys):
+    """The trainer that `llamafactory-cli train` would call `train()` (or `evaluate()`) on, stopped before."""
+    from llamafactory.train import tuner
+    from transformers import Trainer
+
+    caught = []
+
+    def stop(self, *args, **kwargs):
+        caught.append(self)
+        raise _Built
+
+    original, Trainer.train = Trainer.train, stop
+    try:
+        tuner.run_exp(recipe(geometry, folder, shared_prefix=side == "ours", **keys))
+    except _Built:
+        pass
+    finally:
+        Trainer.train = original
+    trainer = caught[0]
+    expected = {"stock": "CustomDPOTrainer", "ours": "SharedPrefixTrainer"}[side]
+    if type(trainer).__name__ != expected:
+        raise RuntimeError(f"side {side} is a {type(trainer).__name__}, not a {expected}")
+    trainer.model.train()
+    return trainer
+
+
+@torch.no_grad()
+def share_weights(first, second) -> None:
+    """Gives `second` the very tensors of `first` (frozen weights then lie in memory once); LoRA's B becomes nonzero,
+    or every gradient of A would be 0. Each keeps gradients of its own."""
+    generator = torch.Generator().manual_seed(7)
+    others = dict(second.named_parameters())
+    for name, parameter in first.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        others[name].data = parameter.data
+
+
+def collate(trainer, pairs: list[int]) -> dict[str, Any]:
+    """The batch of these training rows, as the trainer's own dataloader would make it."""
+    return trainer._prepare_inputs(trainer.data_collator([dict(trainer.train_dataset[i]) for i in pairs]))
+
+
+def forward_backward(trainer, batch: dict[str, Any], share: float = 1.0) -> float:
+    """One micro-batch, loss times `share`; gradients are added up. Returns the loss."""
+    loss, _ = trainer.get_batch_loss_metrics(trainer.model, dict(batch))
+    trainer.accelerator.backward(loss * share)
+    return loss.item()
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    """Takes the gradients out of the trainer's model, by parameter name."""
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad(set_to_none=True)
+    return found
+
+
+def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest ||found - expected|| / ||expected|| over the tensors."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(found.keys() ^ expected.keys())[:5]}")
+    return max((found[n].double() - g.double()).norm().item() / g.double().norm().item() for n, g in expected.items())
