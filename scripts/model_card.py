@@ -22,7 +22,7 @@ from llava_orpo.scored_pairs import read_history
 
 # What a set's publisher says, read from its dataset card; other sets have to be named with --licence.
 DATA = {
-    "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use; made with several models' outputs)"),
+    "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
     "openbmb/RLHF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
 }
 BASES = {
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the merged model or the adapter")
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe it was trained with")
-    parser.add_argument("--evaluation", type=Path, help="preference_eval.json; default: the one in the recipe's output_dir")
+    parser.add_argument("--evaluation", type=Path, help="default: preference_eval.json in the recipe's output_dir")
     parser.add_argument("--name", help="the model's name; default: the folder's, or --push's")
     parser.add_argument("--licence", help="id of the weights' licence, where the data's is not known here")
     parser.add_argument("--overwrite", action="store_true", help="replace a README.md that is there")
@@ -113,8 +113,8 @@ def make_card(
     meta = {key: value for key, value in meta.items() if value is not None}
     method = f"{recipe.get('pref_loss', 'sigmoid').upper()} (weight {recipe.get('pref_beta', 0.1)})"
     bits = recipe.get("quantization_bit")
-    tuning = str(recipe.get("finetuning_type", "lora")).upper().replace("LORA", "LoRA").replace("FULL", "full parameters")
-    tuning += f" of rank {recipe.get('lora_rank', 8)}" if tuning == "LoRA" else ""
+    full = recipe.get("finetuning_type", "lora") != "lora"
+    tuning = "training of all parameters" if full else f"LoRA of rank {recipe.get('lora_rank', 8)}"
     tuning += f" on the {bits}-bit base model" if bits else ""
     parts = [
         "---\n" + yaml.safe_dump(meta, sort_keys=False) + "---",
@@ -126,9 +126,9 @@ def make_card(
         "## Data and licences\n\n" + licences(base, data, licence),
         f"## Recipe\n\n`llamafactory-cli train {recipe_name}` with LLaMA-Factory and the llava_orpo plugin:\n\n"
         "```yaml\n" + yaml.safe_dump(public(recipe), sort_keys=False) + "```",
-        "## Limits\n\nAligned to prefer answers that its data's annotators found more faithful to the image. It still "
-        "invents things, in languages other than English more often, and was not tested for safety. Preference "
-        "accuracy says which of two given answers the model finds likelier, not how often its own answers are right.",
+        "## Limits\n\nAligned to prefer the answers that its data marks as more faithful to the image. It still invents "
+        "things, and was not tested for safety. Preference accuracy says which of two given answers the model finds "
+        "likelier, not how often its own answers are right.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -163,7 +163,10 @@ def measured(history: list[dict]) -> str:
     """A table of the last evaluation of each set, beside the one before training (step 0) where there is one."""
     if not history:
         return "No evaluation was given (`evals/preference.py` makes one)."
-    rows = ["| set | | pairs | preference accuracy (95 % interval) | margin, nats per token | SFT loss |", "|---|---|--:|--:|--:|--:|"]
+    rows = [
+        "| set | | pairs | preference accuracy (95 % interval) | margin, nats per token | SFT loss |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for name in dict.fromkeys(entry["dataset"] for entry in history):
         entries = [entry for entry in history if entry["dataset"] == name]
         last = entries[-1]
