@@ -134,7 +134,6 @@ def answers(
     return {position: done[position] for position in positions}
 
 
-@torch.no_grad()
 def generate(
     session: Session, positions: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
 ) -> Iterator[list[dict[str, Any]]]:
@@ -143,7 +142,6 @@ def generate(
     Plain transformers `generate` on left-padded batches. Sampling draws from a generator per prompt (see
     `SeededSampling`): the batch a prompt is in does not change its draws.
     """
-    shared_attention.disable(session.model)
     ids = evaluation.unique_ids(session.rows)
     image_token = shared_attention.unwrap(session.model).config.image_token_id
     conversation, tokenizer = session.template.conversation, session.tokenizer
@@ -162,38 +160,52 @@ def generate(
             rows.append(row)
             if picture is not None:
                 pictures.append(picture)
-        inputs: dict[str, torch.Tensor] = {}
-        if rows:
-            inputs = left_padded([full_prompt_ids(row, image_token) for row in rows], tokenizer.pad_token_id)
-        if pictures:
-            inputs.update(session.processor.image_processor(pictures, return_tensors="pt"))
-        return rows, bad, inputs
+        sequences = [full_prompt_ids(row, image_token) for row in rows]
+        return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
 
     order = sorted(positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"]))
     loader = DataLoader(
         order, batch_size=int(session.recipe.get("per_device_eval_batch_size", 8)), collate_fn=load,
         num_workers=int(session.recipe.get("dataloader_num_workers", 0)),
     )  # fmt: skip
-    # Everything is said here, so that a checkpoint's generation_config.json changes nothing.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(conversation, tokenizer),
-    )  # fmt: skip
     for rows, bad, inputs in loader:
         records = [_record(row, ids, bad_image=reason) for row, reason in bad]
         if rows:
             seeds = [prompt_seed(row, seed) for row in rows]
             processors = [SeededSampling(seeds, temperature, top_p)] if temperature else []
-            context = torch.autocast(session.device.type, session.autocast) if session.autocast else nullcontext()
-            with context:
-                out = session.model.generate(
-                    **{key: value.to(session.device) for key, value in inputs.items()},
-                    generation_config=config, logits_processor=processors,
-                )  # fmt: skip
-            for row, tokens in zip(rows, out[:, inputs["input_ids"].shape[1] :].cpu()):
-                records.append(_record(row, ids, answer=tokenizer.decode(tokens, skip_special_tokens=True).strip()))
+            texts = answer_batch(session, inputs, max_new_tokens, processors)
+            records += [_record(row, ids, answer=text) for row, text in zip(rows, texts)]
         yield records
+
+
+def batch_inputs(session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, on the CPU: prompts padded on the left, RGB pictures in the order of their prompts."""
+    inputs = left_padded(sequences, session.tokenizer.pad_token_id)
+    if pictures:
+        inputs.update(session.processor.image_processor(pictures, return_tensors="pt"))
+    return inputs
+
+
+@torch.no_grad()
+def answer_batch(
+    session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int, processors: Sequence = ()
+) -> list[str]:
+    """Texts that the model generates for a batch of `batch_inputs`, by plain transformers `generate`.
+
+    Greedy, unless `processors` hold a SeededSampling. A checkpoint's generation_config.json changes nothing.
+    """
+    shared_attention.disable(session.model)
+    tokenizer = session.tokenizer
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(session.template.conversation, tokenizer),
+    )  # fmt: skip
+    inputs = {key: value.to(session.device) for key, value in inputs.items()}
+    with torch.autocast(session.device.type, session.autocast) if session.autocast else nullcontext():
+        out = session.model.generate(**inputs, generation_config=config, logits_processor=list(processors))
+    answers = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
