@@ -61,6 +61,8 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
                     yield tuple(map(page.answer_card, ROLES, labels, said, states))
             others = [said[1], said[0]]
             yield tuple(page.answer_card(*card, "done", other) for *card, other in zip(ROLES, labels, said, others))
+            return
+        yield gr.skip(), gr.skip()  # what was on the page stays
 
     def judge(path: str | None, question: str, a: str, b: str) -> list[str]:
         with messages():
@@ -69,7 +71,8 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             if not a or not b or max(len(a), len(b)) > MAX_ANSWER:
                 raise ValueError(f"Write two answers, A and B, of up to {MAX_ANSWER} characters each.")
             scores = [compare(candidate, image, question, a, b) for candidate in candidates]
-        return [page.comparison_card(*card) for card in zip(ROLES, labels, scores)]
+            return [page.comparison_card(*card) for card in zip(ROLES, labels, scores)]
+        return [gr.skip(), gr.skip()]
 
     def empty() -> list[str]:
         return [page.answer_card(*card, "", "empty") for card in zip(ROLES, labels)] + [
@@ -104,16 +107,17 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
                 with gr.Tab("Ask"):
                     ask_button = gr.Button("Ask both", variant="primary", elem_id="ask")
                     with gr.Row(equal_height=True):
-                        answers = [gr.HTML(html, min_height=132, padding=False, elem_classes="answers") for html in blank[:2]]
+                        answers = [panel(html) for html in blank[:2]]
                 with gr.Tab("Compare two answers"):
                     with gr.Row():
                         first = gr.Textbox(label="Answer A", lines=3, max_length=MAX_ANSWER)
                         second = gr.Textbox(label="Answer B", lines=3, max_length=MAX_ANSWER)
                     judge_button = gr.Button("Which one does each model prefer?", variant="primary", elem_id="judge")
                     with gr.Row(equal_height=True):
-                        verdicts = [gr.HTML(html, min_height=132, padding=False, elem_classes="answers") for html in blank[2:]]
+                        verdicts = [panel(html) for html in blank[2:]]
                     note = "An example fills in its chosen answer as A and its rejected one as B." if examples else ""
                     gr.HTML(page.LEGEND + f'<p class="note">{note}</p>', padding=False)
+        picture.upload(check_upload, picture, picture, show_progress="hidden")
         # One request computes at a time, on either tab; the others wait in line and see their place in it.
         gr.on(
             [ask_button.click, question.submit], ask, [picture, question], answers,
@@ -127,6 +131,11 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             filled = [picture, question, first, second, *answers, *verdicts]
             gallery.click(pick, gallery, filled, queue=False, show_progress="hidden")
     return blocks.queue(max_size=WAITING_USERS)
+
+
+def panel(html: str) -> gr.HTML:
+    """Where one model's answer or preference is shown."""
+    return gr.HTML(html, min_height=132, padding=False, elem_classes="answers")
 
 
 def uploaded_path(payload) -> str | None:
@@ -146,11 +155,19 @@ def checked(path: str | None, question: str) -> tuple[bytes, str]:
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """What a user can mend becomes a message on the page; everything else is also printed with its traceback."""
+    """What a user can mend becomes a message on the page; all else stays an error, printed with its traceback."""
     try:
         yield
-    except (ValueError, CheckpointError, ImageError) as error:
-        raise gr.Error(escape(str(error)), duration=8, title="Not possible", print_exception=False) from error
+    except (ValueError, ImageError) as error:
+        gr.Warning(escape(str(error)), duration=8, title="Not possible")
+
+
+def check_upload(path: str) -> str | None:
+    """Takes a file that is no image, or too large an image, off the page again and says why."""
+    with messages():
+        read_image(path)
+        return gr.skip()
+    return None
 
 
 def read_examples(path: Path, count: int, folder: Path) -> list[dict]:
