@@ -1,4 +1,4 @@
-"""scripts/quantize.py: what is refused, what calibration reads, and (slow) whole runs in its own environment."""
+"""scripts/quantize.py: what is refused, what calibration reads, and (slow) whole runs in its environment."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, data, tmp_path):
-    """Runs quantize and gives the message; fails if it got as far as loading a model or left something behind."""
+    """Runs quantize and gives the message; fails if a model was loaded or something left behind."""
 
     def load(*_args, **_kwargs):
         raise AssertionError("the model was loaded before the input was refused")
@@ -102,10 +102,18 @@ def test_wrong_data_is_refused(refused, data, tmp_path):
     assert "does not exist" in message(str(tmp_path / "no.parquet"))
     pq.write_table(pa.table({"question": ["q"], "chosen": ["a"]}), tmp_path / "few.parquet")
     assert "no column image, rejected" in message(str(tmp_path / "few.parquet"))
-    broken = [dict(row, image={"bytes": row["image"]["bytes"][:100], "path": None}) for row in photo_rows(2, 1)]
+    broken = [
+        dict(row, image={"bytes": row["image"]["bytes"][:100], "path": None}) for row in photo_rows(2, 1)
+    ]
     write_rows(tmp_path, broken, "broken")
     assert "no usable row" in message(str(tmp_path / "broken.parquet"))
-    assert "positive" in refused("--samples", "0")
+    (tmp_path / "text.parquet").write_text("question,chosen")
+    assert "no parquet file" in message(str(tmp_path / "text.parquet"))
+    block = {"filter": {"origin_dataset": "nowhere"}}
+    add_entry(data, "empty", {"file_name": "rows.parquet", "formatting": "rlaif_v", "llava_orpo": block})
+    assert "matches no row of empty" in message("empty")
+    with pytest.raises(SystemExit):
+        refused("--samples", "0")
 
 
 def add_entry(folder: Path, name: str, entry: dict) -> None:
@@ -120,7 +128,9 @@ def test_pairs_are_random_distinct_and_usable(tmp_path):
     write_rows(tmp_path, table)
     source = calibration.find_source("rows", tmp_path)
     pairs, passed = calibration.choose_pairs(source, 100)
-    good = {(row["question"], row["chosen"], row["rejected"]) for i, row in enumerate(table) if i not in (3, 5)}
+    good = {
+        (row["question"], row["chosen"], row["rejected"]) for i, row in enumerate(table) if i not in (3, 5)
+    }
     assert {(pair["question"], pair["chosen"], pair["rejected"]) for pair in pairs} == good
     assert len(pairs) == len(table) - 2 and sum(passed.values()) == 2
     few, _ = calibration.choose_pairs(source, 4)
@@ -161,7 +171,9 @@ def test_samples_are_what_the_language_model_reads_of_prompt_image_and_chosen():
         (sample,) = calibration.embed_pairs(model, processor, conversation, [pair], torch.device("cpu"))
         ours = model.lm_head(model.model.language_model(**sample).last_hidden_state)
         content = [{"type": "image"}, {"type": "text", "text": pair["question"]}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         picture = images.decode_rgb(pair["image"])
         inputs = processor(text=f"{prompt} {pair['chosen']}</s>", images=[picture], return_tensors="pt")
         theirs = model(**inputs).logits
@@ -177,7 +189,7 @@ def test_another_chat_template_is_refused():
 
 @pytest.fixture(scope="module")
 def quantize_command():
-    """The words that run scripts/quantize.py in its own environment, made under outputs/test-cache/ if it is not there."""
+    """The words that run scripts/quantize.py in its own environment, made if outputs/test-cache/ lacks it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(ROOT / "scripts" / "quantize.sh")]
     with FileLock(CACHE / "venv-quantize.lock"):
@@ -187,8 +199,11 @@ def quantize_command():
 
 def run(*words, timeout=1800):
     env = {
-        **os.environ, "PYTHON": sys.executable, "QUANTIZE_VENV": "outputs/test-cache/venv-quantize", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHON": sys.executable,
+        "QUANTIZE_VENV": "outputs/test-cache/venv-quantize",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [str(word) for word in words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
@@ -201,7 +216,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def unpacked(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
-    """A layer's weight from its stored tensors: eight 4-bit numbers an int32, lowest bits first, offset by 8."""
+    """A layer's weight from its stored tensors: eight 4-bit numbers an int32, lowest first, offset by 8."""
 
     def nibbles(packed, dim):
         parts = torch.stack([(packed >> (4 * i)) & 15 for i in range(8)], dim=dim + 1)
@@ -219,10 +234,25 @@ def unpacked(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_quantized_model_loads_in_plain_transformers_and_generates(method, quantize_command, data, tmp_path):
+def test_a_quantized_model_loads_in_plain_transformers_and_generates(
+    method, quantize_command, data, tmp_path
+):
     base, out = tmp_path / "base", tmp_path / method
     make_random_llava.write(WIDE, base)
-    words = ["--model", base, "--method", method, "--data", "rows", "--dataset-dir", data, "--out", out, "--samples", 8]
+    words = [
+        "--model",
+        base,
+        "--method",
+        method,
+        "--data",
+        "rows",
+        "--dataset-dir",
+        data,
+        "--out",
+        out,
+        "--samples",
+        8,
+    ]
     printed = run(*quantize_command, *words)
     assert "Loaded again: nothing missing" in printed and "weights on disk" in printed
 
@@ -232,7 +262,11 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(method, qua
     layers = [name.removesuffix(".weight") for name in before if quantize.is_quantized(name)]
     assert len(layers) == 14
     same = before.keys() - {f"{layer}.weight" for layer in layers}
-    rescaled = {name for name in same if "layernorm" in name and "language_model" in name} if method == "awq" else set()
+    rescaled = (
+        {name for name in same if "layernorm" in name and "language_model" in name}
+        if method == "awq"
+        else set()
+    )
     for name in same - rescaled:
         assert torch.equal(before[name], after[name]), name
     assert {name.rpartition(".")[0] for name in after.keys() - same} == set(layers)
@@ -270,7 +304,14 @@ def test_the_aligned_demo_model_loses_at_most_three_points(method, quantize_comm
     run(*quantize_command, "--model", TRAINED, "--method", method, "--data", "demo_train", "--out", out)
     recipe = ["recipes/tiny/llava16_orpo_qlora.yaml", "quantization_bit=null", "grounding_eval=false"]
     scores = tmp_path / "scores"
-    run(sys.executable, "evals/preference.py", *recipe, f"model_name_or_path={out}", f"against={TRAINED}", f"output_dir={scores}")
+    run(
+        sys.executable,
+        "evals/preference.py",
+        *recipe,
+        f"model_name_or_path={out}",
+        f"against={TRAINED}",
+        f"output_dir={scores}",
+    )
     comparison = json.loads((scores / "comparison.json").read_text())
     assert comparison["n"] >= 400
     assert comparison["accuracy_a"] - comparison["accuracy_b"] <= 0.03, comparison
