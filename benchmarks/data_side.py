@@ -123,8 +123,8 @@ def show(result: dict) -> str:
         [name, *(pick(result["sides"][side]) for side in SIDES), result["ratios"].get(ratio, "")]
         for name, (ratio, pick) in picked.items()
     ]
-    head = [f"{result['rows']} pairs, {result['parquet_bytes'] / 1e6:.1f} MB of parquet", "LLaMA-Factory", "ours", "ratio"]
-    return measure.table(head, rows)
+    what = f"{result['rows']} pairs, {result['parquet_bytes'] / 1e6:.1f} MB of parquet"
+    return measure.table([what, "LLaMA-Factory", "ours", "ratio"], rows)
 
 
 def main() -> None:

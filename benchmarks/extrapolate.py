@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -21,7 +22,8 @@ import setting
 import torch
 
 REAL_7B = setting.make_random_llava.Geometry((4096, 14336, 32, 32, 8), (1024, 4096, 24, 16))
-VOCABULARY, RANK = 32064, 64
+VOCABULARY = 32064
+RANK = setting.lora_rank(REAL_7B)
 GPUS = {"24 GB (RTX 4090)": (24e9, 165e12), "80 GB (A100)": (80e9, 312e12)}  # bytes, dense bf16 FLOP/s
 MFU = 0.4
 RESERVED = 1.5e9
@@ -31,7 +33,7 @@ ASSUMPTIONS = {
     "attention": "causal FlashAttention for LLaMA-Factory too (no padding computed), as its best case",
     "weights": "decoder layers NF4 with double quantization (4.127 bits), everything else bf16, on both sides",
     "trainable": "LoRA rank 64 on all linear layers and the projector: fp32 weights, gradients, two Adam moments",
-    "logits": "LLaMA-Factory: 16 bytes an entry (fp32 logits, log-softmax, a gradient of each); ours 6 (bf16 + backward)",
+    "logits": "LLaMA-Factory 16 bytes an entry (fp32 logits, log-softmax, a gradient of each), ours 6 (bf16, backward)",
     "reserve": f"{RESERVED / 1e9:.1f} GB for the CUDA context and fragmentation",
     "photo": "640x480: 2,340 image tokens in 5 tiles; 32 prompt tokens, 80 chosen, 65 rejected tokens",
 }
@@ -90,10 +92,11 @@ def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, f
     patches = (geometry.tile // 14) ** 2
     images = 2 * work.pairs if work.side == "stock" else 1
     forwards = 2 if checkpointing else 1
+    rank = setting.lora_rank(geometry)
     whole, trimmed = (layers, 0) if work.side == "stock" else (layers - 1, 1)
 
     def linear(n_in: int, n_out: int, rows: float) -> float:
-        frozen, lora = 2 * n_in * n_out * rows, 2 * RANK * (n_in + n_out) * rows
+        frozen, lora = 2 * n_in * n_out * rows, 2 * rank * (n_in + n_out) * rows
         return (forwards + 1) * frozen + (forwards + 2) * lora
 
     shapes = [(hidden, hidden), (hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]  # q o gate up down
@@ -101,10 +104,10 @@ def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, f
     keys_per_row = 2 * linear(hidden, kv, 1)
     rest = whole * work.lm_tokens * (per_row + keys_per_row)
     if trimmed:  # the kept rows' own keys and values are made and not used: forward only
-        unused = forwards * 4 * (hidden * kv + RANK * (hidden + kv)) * work.read_rows
+        unused = forwards * 4 * (hidden * kv + rank * (hidden + kv)) * work.read_rows
         rest += work.read_rows * per_row + work.lm_tokens * keys_per_row + unused
     features = images * work.tiles * patches
-    lora = 2 * RANK * features
+    lora = 2 * rank * features
     rest += 2 * v_hidden * hidden * features + lora * (v_hidden + hidden) + lora * (v_hidden + 2 * hidden)
     rest += 2 * 2 * hidden * hidden * features + 3 * lora * 2 * hidden
 
@@ -119,7 +122,8 @@ def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, f
 
     run = v_layers if work.side == "stock" else v_layers - 1
     tile_rows = images * work.tiles * (patches + 1)
-    vision = run * (2 * (4 * v_hidden**2 + 2 * v_hidden * v_inner) * tile_rows + 4 * v_hidden * tile_rows * (patches + 1))
+    vision = run * 2 * (4 * v_hidden**2 + 2 * v_hidden * v_inner) * tile_rows
+    vision += run * 4 * v_hidden * tile_rows * (patches + 1)
     vision += 2 * 3 * 14 * 14 * v_hidden * images * work.tiles * patches
     total = attention + lm_head + vision + rest
     return {"attention": attention, "lm_head": lm_head, "vision": vision, "rest": rest, "total": total}
@@ -134,7 +138,7 @@ def check(geometry: str, pairs: int) -> dict[str, float]:
         for side in orpo_step.SIDES:
             trainer = orpo_step.build(side, geometry, folder, pairs)
             micro = orpo_step.batches(side, trainer, pairs)
-            counted = measure.count_flops(lambda: [setting.forward_backward(trainer, batch) for batch in micro])["total"]
+            counted = sum(measure.count_flops(partial(setting.forward_backward, trainer, b))["total"] for b in micro)
             computed = sum(step_flops(setting.GEOMETRIES[geometry], work)["total"] for work in works_of(side, micro))
             out[f"{geometry}, {pairs} pairs, {side}"] = computed / counted
     return out
@@ -205,8 +209,6 @@ def memory(work: Work, checkpointing: bool, kept: float) -> dict[str, float]:
     rows = one.lm_tokens
     states = 2 * hidden * rows
     activations = layers * states + kept * rows if checkpointing else layers * kept * rows
-    if work.side == "ours" and not checkpointing:
-        activations -= kept * (rows - one.read_rows) * 0.8  # the last layer keeps its keys' inputs only
     return {
         "weights": decoder * 4.127 / 8 + others * 2,
         "trainable": RANK * adapted * 16,

@@ -23,9 +23,9 @@ import setting
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python benchmarks/make_tables.py` from `benchmarks/results/*.json`. Both sides run in turn in one process or one
-after the other in one run, on the same rows; what counts is the ratio, not the seconds of a CPU. There is no GPU number
-here: the one table about GPUs is computed and says so.
+Made by `python benchmarks/make_tables.py` from `benchmarks/results/*.json`. Both sides run in turn in one process, or
+one after the other in one run, on the same rows; what counts is the ratio, not the seconds of a CPU. There is no GPU
+number here: the one table about GPUs is computed and says so.
 
 Models are random, with LLaVA-1.6's geometry at full size (336-pixel tiles, five grids, 32,064 pieces); only widths and
 depths differ. `mid`: LM 512 wide, 8 layers; vision 256 wide, 6 layers. `slice7b`: the 7B's true widths, 2 of its 32
@@ -33,16 +33,16 @@ decoder layers, 3 of its 24 vision layers. Photographs are 640x480: 2,340 image 
 """
 STEP = """## One training step
 
-Forward and backward in fp32, LoRA rank 64 on decoder and projector, no gradient checkpointing. LLaMA-Factory's own
-`CustomDPOTrainer` and collator against the shared prefix: same weights, same token ids, same pixels, gradients compared.
+Forward and backward in fp32, LoRA on decoder and projector (rank 64 at the 7B's width, in proportion below: 8 for
+`mid`), no gradient checkpointing. LLaMA-Factory's own `CustomDPOTrainer` and collator against the shared prefix: same
+weights, same token ids, same pixels, gradients compared.
 Memory is the process's peak above what it held after loading.
 
 How to read the ratios: *FLOPs* is what the speed-up would be if both sides ran equally efficiently; *attention + head*
-and *linear layers* are the same for these parts alone, so they are the limits toward which the speed-up moves when one or
-the other dominates. The linear layers' part is what is left at great width. The last decoder layer runs only on the
-rows whose output is read: worth 1/8 of the decoder in `mid` and **half of it in `slice7b`, which has only two layers**;
-in the real 7B it is 1/32, so read `slice7b` as a check of efficiency at true widths, and the computed table below for
-the 7B.
+and *linear layers* are the same for these parts alone, so they are the limits toward which the speed-up moves when one
+or the other dominates; at great width the linear layers do. The last decoder layer runs only on the rows whose output
+is read: worth 1/8 of the decoder in `mid` and **half of it in `slice7b`, which has only two layers**; in the real 7B it
+is 1/32. So read `slice7b` as a check of efficiency at true widths, and the computed table below for the 7B.
 """
 TARGETS = {  # (geometry, pairs an image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
     ("mid", 1): (4.0, 2.0, 0.6),
@@ -86,7 +86,8 @@ def targets(results: list[dict]) -> str:
         asked = TARGETS.get((result["geometry"], result["pairs_per_image"]))
         if asked is None:
             continue
-        found = (result["ratios"]["speed"], result["ratios"].get("memory"), result["sides"]["ours"]["share_of_gemm_rate"])
+        share = result["sides"]["ours"]["share_of_gemm_rate"]
+        found = (result["ratios"]["speed"], result["ratios"].get("memory"), share)
         for name, wanted, value in zip(("speed", "memory", "share of GEMM rate"), asked, found):
             if wanted is not None and value is not None:
                 verdict = "met" if value >= wanted else f"missed by {1 - value / wanted:.0%}"
@@ -94,12 +95,24 @@ def targets(results: list[dict]) -> str:
     return measure.table(["model", "pairs/image", "target", "at least", "measured", ""], lines)
 
 
+def profiles(results: list[dict]) -> str:
+    """Where the time of our step goes: share of the CPU time by operator."""
+    lines = [
+        f"- `{result['geometry']}`, {result['pairs_per_image']} pair(s) an image: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in result["profile"].items())
+        for result in results
+    ]
+    title = "Where the time of our step goes (torch.profiler, self time of the largest operators):"
+    return "\n".join([title, "", *lines])
+
+
 def page(folder: Path) -> str:
     """The whole document; a part whose benchmark was not run is left out."""
     parts = [INTRODUCTION]
     steps = load(folder, "step_*.json")
     if steps:
-        parts += [STEP, step_table(steps), "", targets(steps), "", *(source(result) + "\n" for result in steps)]
+        parts += [STEP, step_table(steps), "", targets(steps), "", profiles(steps), ""]
+        parts += [source(result) + "\n" for result in steps]
     sections = {
         "## Evaluation": ("eval_*.json", eval_speed.show),
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),

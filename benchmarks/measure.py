@@ -61,6 +61,15 @@ def in_turn(sides: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, l
     return seconds
 
 
+def profile(step: Callable[[], Any], largest: int = 8) -> dict[str, float]:
+    """Share of a step's CPU time spent in each of its largest operators themselves (torch.profiler)."""
+    with torch.profiler.profile() as recorded:
+        step()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key: round(event.self_cpu_time_total / total, 3) for event in events[:largest]}
+
+
 def median(values) -> float:
     return statistics.median(values)
 

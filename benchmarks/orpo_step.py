@@ -4,11 +4,11 @@
     python benchmarks/orpo_step.py --geometry mid --pairs-per-image 4   # and 4 on one image, group_pairs_by_image
     python benchmarks/orpo_step.py --geometry slice7b --repeats 2       # the 7B's widths, 2 of its 32 layers; 20 GB
 
-Same weights, same token ids, same pixels (640x480 photographs, 336-pixel anyres), fp32, LoRA rank 64, no gradient
-checkpointing, no optimizer step. LLaMA-Factory takes several pairs of an image one after the other (batch 1 with
-gradient accumulation): on a CPU that is as fast as a batch and takes the least memory. Times are medians of runs in
-turn, A B A B. Peak memory: the process's high-water mark above what it held after loading, each side in a process of
-its own. Writes results/step_<geometry>_<pairs>.json.
+Same weights, same token ids, same pixels (640x480 photographs, 336-pixel anyres), fp32, LoRA on decoder and projector
+(rank 64 at the 7B's width, 8 for mid), no gradient checkpointing, no optimizer step. LLaMA-Factory takes several pairs
+of an image one after the other (batch 1 with gradient accumulation): on a CPU that is as fast as a batch and takes the
+least memory. Times are medians of runs in turn, A B A B. Peak memory: the process's high-water mark above what it held
+after loading, each side in a process of its own. Writes results/step_<geometry>_<pairs>.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import measure
 import setting
-import torch
 
 SIDES = ("stock", "ours")
 
@@ -84,6 +83,7 @@ def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
     calls = {side: lambda repeat, side=side: run(side, repeat) for side in SIDES}
     calls["gemm"] = lambda repeat: rates.append(measure.gemm_rate())
     seconds = measure.in_turn(calls, repeats)
+    result["profile"] = measure.profile(lambda: run("ours", 0))
     result["gemm_flops_per_second"] = measure.median(rates)
     for side in SIDES:
         entry = result["sides"][side]

@@ -4,7 +4,7 @@
     python benchmarks/peers.py                       # geometry mid, 6 steps of 1 pair
 
 ms-swift and LLaMA-Factory run untouched: their own templates, collators and trainers, `swift rlhf --rlhf_type orpo`
-and `llamafactory-cli train`. fp32, LoRA rank 64 on the language model's linear layers, batch 1, no gradient
+and `llamafactory-cli train`. fp32, LoRA on the language model's linear layers, batch 1, no gradient
 checkpointing. Seconds per step are each program's own `train_runtime` over the number of steps, data loading and
 optimizer included; peak memory is the whole process's maximum resident set. Writes results/peers_<geometry>.json.
 """
@@ -57,13 +57,15 @@ def factory_command(side: str, geometry: str, folder: Path, steps: int) -> list[
 
 
 def swift_command(geometry: str, folder: Path, steps: int, venv: Path) -> list[str]:
+    rank = setting.lora_rank(setting.GEOMETRIES[geometry])
     options = {
         "rlhf_type": "orpo", "model": setting.model_folder(geometry), "model_type": "llava1_6_mistral_hf",
         "template": "llava1_6_mistral_hf", "tuner_type": "lora", "torch_dtype": "float32", "attn_impl": "sdpa",
         "dataset": folder / "swift.jsonl", "split_dataset_ratio": 0, "max_length": 4096, "dataset_num_proc": 1,
         "dataloader_num_workers": 0, "max_steps": steps, "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1, "gradient_checkpointing": "false", "vit_gradient_checkpointing": "false",
-        "beta": 0.1, "learning_rate": 1e-5, "lora_rank": 64, "lora_alpha": 128, "lora_dropout": 0, "freeze_vit": "true",
+        "beta": 0.1, "learning_rate": 1e-5, "lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0,
+        "freeze_vit": "true",
         "freeze_aligner": "true", "logging_steps": 1, "save_strategy": "no", "output_dir": folder / "swift",
         "add_version": "false", "report_to": "none", "use_hf": "true", "use_cpu": "true", "bf16": "false",
         "fp16": "false",
@@ -76,10 +78,10 @@ def train_runtime(output: Path) -> float:
     """The program's own train_runtime: train_results.json (LLaMA-Factory) or logging.jsonl (ms-swift)."""
     results = output / "train_results.json"
     if results.exists():
-        return json.loads(results.read_text())["train_runtime"]
+        return float(json.loads(results.read_text())["train_runtime"])
     for line in reversed((output / "logging.jsonl").read_text().splitlines()):
         if "train_runtime" in json.loads(line):
-            return json.loads(line)["train_runtime"]
+            return float(json.loads(line)["train_runtime"])
     raise ValueError(f"{output} has neither train_results.json nor a train_runtime in logging.jsonl")
 
 
@@ -116,8 +118,8 @@ def show(result: dict) -> str:
          result["ratios"].get(f"{name}_speed", 1.0)]
         for name, side in result["sides"].items()
     ]  # fmt: skip
-    head = [f"{result['geometry']}, {result['steps']} steps", "s per step", "peak RSS, GB", "whole run, s", "time / ours"]
-    return measure.table(head, rows)
+    what = f"{result['geometry']}, {result['steps']} steps"
+    return measure.table([what, "s per step", "peak RSS, GB", "whole run, s", "step / ours"], rows)
 
 
 def main() -> None:

@@ -61,6 +61,7 @@ def test_step(smoke, pairs):
     assert 0 < result["largest_relative_gradient_difference"] < 1e-4
     assert result["ratios"]["lm_tokens"] > 1.5 * pairs**0.5
     assert result["ratios"]["flops_attention_and_head"] > 2
+    assert 0.3 < sum(result["profile"].values()) <= 1
 
 
 @pytest.mark.slow
@@ -177,15 +178,16 @@ def test_gradient_difference():
 
 
 def test_computed_numbers():
-    stock, ours, grouped = (extrapolate.step_flops(extrapolate.REAL_7B, w)["total"] / w.pairs for w in
-                            (extrapolate.Work("stock"), extrapolate.Work("ours"), extrapolate.Work("ours", 4)))  # fmt: skip
+    works = (extrapolate.Work("stock"), extrapolate.Work("ours"), extrapolate.Work("ours", 4))
+    stock, ours, grouped = (extrapolate.step_flops(extrapolate.REAL_7B, w)["total"] / w.pairs for w in works)
     assert 1.9 < stock / ours < 2.3 and 2.5 < ours / grouped < 4  # linear layers dominate the 7B
     with_checkpoints = extrapolate.step_flops(extrapolate.REAL_7B, extrapolate.Work("ours"), True)["total"]
     assert 1.4 < with_checkpoints / ours < 1.55
     kept = extrapolate.kept_bytes_per_token(tokens=32, small=True)
     assert kept == extrapolate.kept_bytes_per_token(tokens=64, small=True)
     parts = extrapolate.memory(extrapolate.Work("ours"), True, kept)
-    assert 3.5e9 < parts["weights"] < 5.5e9 and set(parts) == {"weights", "trainable", "activations", "logits", "reserve"}
+    assert set(parts) == {"weights", "trainable", "activations", "logits", "reserve"}
+    assert 3.5e9 < parts["weights"] < 5.5e9
 
 
 def test_missed_targets_are_said():
