@@ -41,8 +41,8 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
     """(name of a, name of b, pairs) out of generations.jsonl.
 
     Args:
-        a, b: model names as in "answers", or `chosen` / `rejected` for the dataset's own. Where the file has two
-            models and neither is given, b is the first one (usually the base) and a the second.
+        a, b: model names as in "answers", or `chosen` / `rejected` for the dataset's own. Where the file has
+            two models and neither is given, b is the first one (usually the base) and a the second.
     Raises:
         SystemExit: no such file or model; the remedy is named.
         ValueError: a damaged line, or an image outside the file's folder or missing, named with the line.
@@ -54,20 +54,26 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
         try:
             lines.append((f"{path}:{number}", json.loads(text)))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}). Make the file again with evals/generate.py.") from error
+            raise ValueError(
+                f"{path}:{number}: not JSON ({error}). Make the file again with evals/generate.py."
+            ) from error
     models = list(dict.fromkeys(name for _, line in lines for name in line["answers"]))
     if a is None and b is None and len(models) == 2:
         b, a = models
     known = [*models, *DATASET_ANSWERS]
     if a not in known or b not in known or a == b:
-        raise SystemExit(f"Name the two sides with a=… and b=…, out of: {', '.join(known)}. Got a={a}, b={b}.")
+        raise SystemExit(
+            f"Name the two sides with a=… and b=…, out of: {', '.join(known)}. Got a={a}, b={b}."
+        )
     pairs = []
     for where, line in lines:
         sides = [line[name] if name in DATASET_ANSWERS else line["answers"].get(name) for name in (a, b)]
         if None in sides:  # a model whose run left this prompt out
             continue
         image = _image(path.parent, line["image"], where)
-        pairs.append(AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides))
+        pairs.append(
+            AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides)
+        )
     if not pairs:
         raise SystemExit(f"{path}: no prompt was answered by both {a} and {b}.")
     return a, b, pairs
@@ -88,9 +94,9 @@ def tally(outcomes: Sequence[str]) -> dict[str, Any]:
     """Counts of "a", "b" and "tie" as win, tie and loss of a, with 95 % Wilson intervals and a sign test.
 
     Returns:
-        n, win, tie, loss; `win_rate` (wins of all), `loss_rate`, `decided_rate` (wins of the pairs that are no tie),
-        each with `_low` and `_high`; `sign_test_p` (two-sided binomial test on the decided pairs). Rates of nothing
-        are None.
+        n, win, tie, loss; `win_rate` (wins of all), `loss_rate`, `decided_rate` (wins of the pairs that are
+        no tie), each with `_low` and `_high`; `sign_test_p` (two-sided binomial test on the decided pairs).
+        Rates of nothing are None.
     """
     counts = Counter(outcomes)
     n, win, loss = len(outcomes), counts["a"], counts["b"]

@@ -1,13 +1,13 @@
 """Hallucination benchmarks of one or more models, by lmms-eval.
 
     bash scripts/benchmarks.sh recipes/llava16_orpo_qlora.yaml models=base,outputs/llava16_orpo_qlora tasks=pope
-    bash scripts/benchmarks.sh recipes/tiny/llava16_orpo_qlora.yaml models=base,outputs/tiny/orpo_qlora tasks=demo_objects
+    bash scripts/benchmarks.sh recipes/tiny/llava16_orpo_qlora.yaml tasks=demo_objects
 
-The script makes an environment of its own (.venv-benchmarks) and runs this file in it. Takes a recipe and overrides like
-llamafactory-cli; models are loaded as for training and asked in exactly the prompt they are trained on, in batches of
-per_device_eval_batch_size. Own keys:
+The script makes an environment of its own (.venv-benchmarks) and runs this file in it. Takes a recipe and
+overrides like llamafactory-cli; models are loaded as for training and asked in exactly the prompt they are
+trained on, in batches of per_device_eval_batch_size. Own keys:
 
-    models      comma-separated: `base`, adapter folders, model folders or Hub ids (default: the recipe's own model)
+    models      comma-separated: `base`, adapter folders, model folders or Hub ids (default: the recipe's own)
     tasks       comma-separated names of lmms-eval's tasks, default pope. For hallucination:
                   pope                   9,000 yes/no questions on COCO (also pope_random, pope_pop, pope_adv)
                   coco_cap_chair         CHAIR of captions; needs nltk data
@@ -39,7 +39,9 @@ DEMO_TASK, DEMO_DATA = "demo_objects", Path("outputs/benchmarks/demo_objects.par
 
 def main(argv: list[str]) -> int:
     if importlib.util.find_spec("lmms_eval") is None:
-        raise SystemExit(f"lmms-eval is not in this environment. Run: bash scripts/benchmarks.sh {' '.join(argv)}")
+        raise SystemExit(
+            f"lmms-eval is not in this environment. Run: bash scripts/benchmarks.sh {' '.join(argv)}"
+        )
     import torch
     from generate import named_models
     from harness_model import SessionModel
@@ -55,7 +57,9 @@ def main(argv: list[str]) -> int:
     tasks = own["tasks"].split(",") if isinstance(own["tasks"], str) else list(own["tasks"])
     manager = TaskManager("WARNING", include_path=str(HERE / "tasks"))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise SystemExit(f"lmms-eval has no task {', '.join(unknown)}. `python -m lmms_eval tasks` lists them.")
+        raise SystemExit(
+            f"lmms-eval has no task {', '.join(unknown)}. `python -m lmms_eval tasks` lists them."
+        )
     if DEMO_TASK in tasks and not DEMO_DATA.exists():
         sys.path.insert(0, str(HERE / "tasks" / DEMO_TASK))
         from make_data import write
@@ -86,7 +90,11 @@ def main(argv: list[str]) -> int:
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
     """lmms-eval's {"<metric>,<filter>": value, …} without standard errors, names and empty entries."""
     numbers = {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}
-    return {key: float(value) for key, value in numbers.items() if not re.search(r"_(stderr|clt|clustered)|^samples$", key)}
+    return {
+        key: float(value)
+        for key, value in numbers.items()
+        if not re.search(r"_(stderr|clt|clustered)|^samples$", key)
+    }
 
 
 def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:

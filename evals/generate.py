@@ -1,13 +1,14 @@
 """Answers of one or more models to the held-out prompts, for reading, for the report and for a judge.
 
     python evals/generate.py recipes/llava16_orpo_qlora.yaml models=base,outputs/llava16_orpo_qlora
-    python evals/generate.py recipes/tiny/llava16_orpo_qlora.yaml models=base,outputs/tiny/orpo_qlora max_new_tokens=64
+    python evals/generate.py recipes/tiny/llava16_orpo_qlora.yaml models=base,outputs/tiny/orpo_qlora
 
-Takes a recipe and overrides like llamafactory-cli. The prompts are those of its eval_dataset, each (image, question)
-once, in exactly the text the model is trained on. Batches are per_device_eval_batch_size. Own keys:
+Takes a recipe and overrides like llamafactory-cli. The prompts are those of its eval_dataset, each (image,
+question) once, in exactly the text the model is trained on. Batches are per_device_eval_batch_size. Own keys:
 
     models          comma-separated: `base`, adapter folders, model folders or Hub ids (default: the recipe's own).
-                    Answers are filed under a folder's last name, under its whole path where two share that name
+                    Answers are filed under a folder's last name, under its whole path where two share that
+                    name
     max_prompts     at most so many prompts, spread evenly over the set
     max_new_tokens  512
     temperature     0 is greedy; above, sampled with the recipe's `seed`
@@ -15,8 +16,9 @@ once, in exactly the text the model is trained on. Batches are per_device_eval_b
     output_dir      where to write (default outputs/evals/<model>-generations)
     restart         true: ask again what an interrupted or earlier run had asked
 
-Writes generations.jsonl (a line a prompt: question, chosen, rejected and every model's answer) and images/ beside it,
-the original bytes. An interrupted run goes on where it stopped, and models that have answered are not asked again.
+Writes generations.jsonl (a line a prompt: question, chosen, rejected and every model's answer) and images/
+beside it, the original bytes. An interrupted run goes on where it stopped, and models that have answered are
+not asked again.
 """
 
 from __future__ import annotations
@@ -64,9 +66,14 @@ def main(argv: list[str]) -> int:
         for position in prompts:
             record = found[position]
             if "bad_image" in record:
-                print(f"left out {record['dataset']} {record['pair_id']}: {record['bad_image']}", file=sys.stderr)
+                print(
+                    f"left out {record['dataset']} {record['pair_id']}: {record['bad_image']}",
+                    file=sys.stderr,
+                )
                 continue
-            line = lines.setdefault((record["dataset"], record["pair_id"]), describe(session, position, record, folder))
+            line = lines.setdefault(
+                (record["dataset"], record["pair_id"]), describe(session, position, record, folder)
+            )
             line["answers"][name] = record["answer"]
         print(f"{name}: {len(prompts)} prompts of {len(session.rows)} pairs")
         del session
@@ -77,7 +84,9 @@ def main(argv: list[str]) -> int:
         raise SystemExit("No prompt could be answered: every image is unreadable (listed above).")
     target = folder / "generations.jsonl"
     beside = target.with_suffix(".jsonl.partial")
-    beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()), encoding="utf-8")
+    beside.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()), encoding="utf-8"
+    )
     beside.replace(target)
     print(f"  {target}")
     return 0
@@ -111,7 +120,7 @@ def unique_prompts(rows, limit: int | None = None) -> list[int]:
 def answers(
     session: Session, positions: Sequence[int], folder: Path, name: str, own: dict[str, Any]
 ) -> dict[int, dict[str, Any]]:
-    """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, those saved earlier included."""
+    """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, saved ones included."""
     settings = {key: own[key] for key in ("max_new_tokens", "temperature", "top_p")}
     settings["seed"] = int(session.recipe.get("seed", 0))
     parts = json.dumps([fingerprint(session), settings if settings["temperature"] else own["max_new_tokens"]])
@@ -125,7 +134,10 @@ def answers(
     waiting = [position for position in positions if position not in done]
     if waiting:
         there = len(positions) - len(waiting)
-        with saved.open("a") as out, tqdm(total=len(positions), initial=there, unit="prompt", desc=name) as bar:
+        with (
+            saved.open("a") as out,
+            tqdm(total=len(positions), initial=there, unit="prompt", desc=name) as bar,
+        ):
             for batch in generate(session, waiting, **settings):
                 out.writelines(json.dumps(record) + "\n" for record in batch)
                 out.flush()
@@ -135,7 +147,12 @@ def answers(
 
 
 def generate(
-    session: Session, positions: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
+    session: Session,
+    positions: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers to the prompts of session.rows[positions], a list of records per batch, longest prompts first.
 
@@ -163,7 +180,9 @@ def generate(
         sequences = [full_prompt_ids(row, image_token) for row in rows]
         return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
 
-    order = sorted(positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"]))
+    order = sorted(
+        positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"])
+    )
     loader = DataLoader(
         order, batch_size=int(session.recipe.get("per_device_eval_batch_size", 8)), collate_fn=load,
         num_workers=int(session.recipe.get("dataloader_num_workers", 0)),
@@ -178,8 +197,10 @@ def generate(
         yield records
 
 
-def batch_inputs(session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch, on the CPU: prompts padded on the left, RGB pictures in the order of their prompts."""
+def batch_inputs(
+    session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence
+) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, on the CPU: left-padded prompts, RGB pictures in the order of their prompts."""
     inputs = left_padded(sequences, session.tokenizer.pad_token_id)
     if pictures:
         inputs.update(session.processor.image_processor(pictures, return_tensors="pt"))
@@ -229,7 +250,7 @@ def prompt_ids(conversation: Conversation, tokenizer, row: dict[str, Any]) -> li
 
 
 def question_of(conversation: Conversation, decoded: str, has_image: bool) -> str:
-    """The question inside a decoded prompt (special tokens kept); the prompt's last characters may be missing.
+    """The question inside a decoded prompt (special tokens kept) whose last characters may be missing.
 
     Raises ValueError when the prompt does not start as the format does.
     """
@@ -248,13 +269,13 @@ def end_tokens(conversation: Conversation, tokenizer) -> list[int]:
 
 
 def prompt_seed(row: dict[str, Any], seed: int) -> int:
-    """A 63-bit seed from the recipe's seed, the image and the prompt: the same in every batch, order and model."""
+    """A 63-bit seed from the recipe's seed, the image and the prompt: the same in every batch and model."""
     text = json.dumps([seed, row["image_hash"], row["prompt_ids"]])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def describe(session: Session, position: int, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A line of generations.jsonl without answers; writes the image's original bytes to images/<hash>.<ext>."""
+    """A line of generations.jsonl without answers; the image's original bytes go to images/<hash>.<ext>."""
     row, tokenizer = session.rows[position], session.tokenizer
     prompt = tokenizer.decode(prompt_ids(session.template.conversation, tokenizer, row))
     image = None

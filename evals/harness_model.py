@@ -1,8 +1,8 @@
 """A loaded recipe as a model of lmms-eval: exact training prompts, batches, adapters and quantized models.
 
-lmms-eval 0.7.3's own llava_hf takes none of these: it has no adapters and no batches, falls back to Vicuna's prompt when
-the tokenizer has no chat template of its own (llava-hf keeps it with the processor), and turns an error during generation
-into an empty answer.
+lmms-eval 0.7.3's own llava_hf takes none of these: it has no adapters and no batches, falls back to Vicuna's
+prompt when the tokenizer has no chat template of its own (llava-hf keeps it with the processor), and turns an
+error during generation into an empty answer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tqdm import tqdm
 class SessionModel(lmms):
     """lmms-eval's simple interface (text and one image) on a `Session`.
 
-    Answers are not cut at the task's `until` strings, as lmms-eval's llava_hf does not; they end at the end token or
-    max_new_tokens. Tasks with do_sample draw per question (see `SeededSampling`).
+    Answers are not cut at the task's `until` strings, as lmms-eval's llava_hf does not; they end at the end
+    token or max_new_tokens. Tasks with do_sample draw per question (see `SeededSampling`).
     """
 
     is_simple = True
@@ -62,18 +62,24 @@ class SessionModel(lmms):
             question, _, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             if len(visuals) > 1:
-                raise ValueError(f"{task}, document {doc_id}: {len(visuals)} images; LLaVA-1.6 was trained with one.")
+                raise ValueError(
+                    f"{task}, document {doc_id}: {len(visuals)} images; LLaVA-1.6 was trained with one."
+                )
             ids = session.template.conversation.encode_prompt(session.tokenizer, question, bool(visuals))
             for picture in visuals:
                 picture = picture.convert("RGB")
                 ids = expand_image_token(ids, image_token, geometry.num_image_tokens(*picture.size))
                 pictures.append(picture)
             sequences.append(ids)
-            seeds.append(int.from_bytes(hashlib.blake2b(f"{task}/{doc_id}".encode(), digest_size=7).digest(), "big"))
+            seeds.append(
+                int.from_bytes(hashlib.blake2b(f"{task}/{doc_id}".encode(), digest_size=7).digest(), "big")
+            )
         processors = []
         if settings["temperature"]:
             processors = [SeededSampling(seeds, settings["temperature"], settings["top_p"])]
-        return answer_batch(session, batch_inputs(session, sequences, pictures), settings["max_new_tokens"], processors)
+        return answer_batch(
+            session, batch_inputs(session, sequences, pictures), settings["max_new_tokens"], processors
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("Only tasks with output_type generate_until run here.")
@@ -83,7 +89,7 @@ class SessionModel(lmms):
 
 
 def _settings(given: dict) -> dict:
-    """What a task's generation_kwargs ask for. Raises ValueError for beam search, which answer_batch does not do."""
+    """What a task's generation_kwargs ask for. Raises ValueError for beam search: answer_batch has none."""
     if given.get("num_beams", 1) not in (None, 1):
         raise ValueError(f"num_beams={given['num_beams']}: only greedy decoding and sampling are done here.")
     sampled = given.get("do_sample", True) and given.get("temperature")

@@ -3,17 +3,18 @@
     python evals/human.py outputs/evals/model-generations/generations.jsonl
     python evals/human.py outputs/evals/model-generations/generations.jsonl report=true
 
-Takes the file of evals/generate.py and key=value. The page (Gradio) is at http://127.0.0.1:7860. A rater gives a name
-and votes; which model stands left is random per rater and pair, and the page never holds a model's name. Every vote
-is on the disk before the next pair is shown; a rater who comes back goes on where they stopped. Keys:
+Takes the file of evals/generate.py and key=value. The page (Gradio) is at http://127.0.0.1:7860. A rater
+gives a name and votes; which model stands left is random per rater and pair, and the page never holds a
+model's name. Every vote is on the disk before the next pair is shown; a rater who comes back goes on where
+they stopped. Keys:
 
-    a, b        the models to compare, by their names in the file (default, for a file with two models: a is the second)
+    a, b        the models to compare, by their names in the file (default, with two models: a is the second)
     max_pairs   at most so many, evenly spread over the file; all raters see the same ones in the same order
     seed        of the left-right order (0)
     port        7860
     output_dir  where the votes are (default: votes_<a>_vs_<b>/ beside the file)
     report      true: print win rates and agreement (percent, Cohen's kappa) instead of opening the page
-    judge       with report: a judge_*.json of evals/judge.py on the same file, whose agreement with people is shown too
+    judge       with report: a judge_*.json of evals/judge.py on the same file; its agreement is shown too
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from answer_pairs import AnswerPair, read_answer_pairs, tally_text
 from omegaconf import OmegaConf
 from votes import VoteStore, flipped, summarize
 
-KEYS = {"a": None, "b": None, "max_pairs": None, "seed": 0, "port": 7860, "output_dir": None, "report": False, "judge": None}
+KEYS = {
+    "a": None,
+    "b": None,
+    "max_pairs": None,
+    "seed": 0,
+    "port": 7860,
+    "output_dir": None,
+    "report": False,
+    "judge": None,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -65,11 +75,17 @@ def next_unvoted(pairs: Sequence[AnswerPair], voted: dict[str, str], start: int 
 
 
 def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, index: int) -> dict[str, Any]:
-    """What the page shows of pairs[index] to this rater: progress, image, question, left, right. No model's name."""
+    """What this rater is shown of pairs[index]: progress, image, question, left, right; no model's name."""
     voted = len(store.outcomes(rater, pairs))
     progress = f"{rater}: {voted} of {len(pairs)} voted"
     if index >= len(pairs):
-        return {"progress": progress + ". All done, thank you.", "image": None, "question": "", "left": "", "right": ""}
+        return {
+            "progress": progress + ". All done, thank you.",
+            "image": None,
+            "question": "",
+            "left": "",
+            "right": "",
+        }
     pair = pairs[index]
     left, right = (pair.b, pair.a) if flipped(seed, rater, pair) else (pair.a, pair.b)
     image = str(pair.image) if pair.image else None
@@ -77,7 +93,7 @@ def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, i
 
 
 def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
-    """The Gradio Blocks. State on the server per browser session: the rater's name and the index of the pair."""
+    """The Gradio Blocks. Kept on the server per browser session: the rater's name, the index of the pair."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
@@ -121,15 +137,23 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
             begin = gr.Button("Start", variant="primary", elem_id="start")
         with gr.Column(visible=False) as room:
             progress = gr.Markdown(elem_id="progress")
-            image = gr.Image(type="filepath", interactive=False, show_label=False, height=420, elem_id="image")
+            image = gr.Image(
+                type="filepath", interactive=False, show_label=False, height=420, elem_id="image"
+            )
             question = gr.Textbox(label="Question", interactive=False, lines=2, elem_id="question")
             with gr.Row():
                 left = gr.Textbox(label="Left answer", interactive=False, lines=8, elem_id="left")
                 right = gr.Textbox(label="Right answer", interactive=False, lines=8, elem_id="right")
             with gr.Row():
                 buttons = [
-                    gr.Button(text, variant="primary" if choice != "tie" else "secondary", elem_id=f"vote-{choice}")
-                    for choice, text in (("left", "Left is better"), ("tie", "No difference"), ("right", "Right is better"))
+                    gr.Button(
+                        text, variant="primary" if choice != "tie" else "secondary", elem_id=f"vote-{choice}"
+                    )
+                    for choice, text in (
+                        ("left", "Left is better"),
+                        ("tie", "No difference"),
+                        ("right", "Right is better"),
+                    )
                 ]
             previous = gr.Button("Back to the pair before", size="sm", elem_id="back")
         shown = [rater, index, progress, image, question, left, right, *buttons, previous, entrance, room]
@@ -141,14 +165,18 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
     return page
 
 
-def report(a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge: str | None) -> dict[str, Any]:
+def report(
+    a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge: str | None
+) -> dict[str, Any]:
     """Prints and writes (report.json beside the votes) win rates and agreement."""
     people = store.raters()
     votes = {rater: store.outcomes(rater, pairs) for rater in people}
     people = [rater for rater in people if votes[rater]]
     votes = {rater: votes[rater] for rater in people}
     if not people:
-        raise SystemExit(f"{store.folder} has no votes on these answers. Open the page first (without report=true).")
+        raise SystemExit(
+            f"{store.folder} has no votes on these answers. Open the page first (without report=true)."
+        )
     if judge:
         outcomes = json.loads(Path(judge).read_text(encoding="utf-8"))["outcomes"]
         keys = {pair.key for pair in pairs}
@@ -158,7 +186,9 @@ def report(a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge:
     summary = summarize(pairs, votes, people)
     summary.update(a=a, b=b)
     (store.folder / "report.json").write_text(json.dumps(summary, indent=1))
-    print(f"majority of {len(people)} rater{'s' * (len(people) > 1)}: {tally_text(a, b, summary['majority'])}")
+    print(
+        f"majority of {len(people)} rater{'s' * (len(people) > 1)}: {tally_text(a, b, summary['majority'])}"
+    )
     for rater, counts in summary["raters"].items():
         print(f"{rater}: {tally_text(a, b, counts)}")
     for line in summary["agreement"]:

@@ -1,18 +1,17 @@
-"""LLM-as-a-judge: which of two models answers a prompt about an image better, by any OpenAI-compatible endpoint.
+"""LLM-as-a-judge: which of two models answers better, as any OpenAI-compatible endpoint with eyes sees it.
 
-    python evals/judge.py outputs/evals/llava-v1.6-mistral-7b-hf-generations/generations.jsonl \
-        base_url=https://api.openai.com/v1 model=gpt-4o price_in=2.5 price_out=10
-    python evals/judge.py outputs/evals/model-generations/generations.jsonl base_url=http://127.0.0.1:8000/v1 model=local
+    python evals/judge.py GENERATIONS.jsonl base_url=http://127.0.0.1:8000/v1 model=local
+    python evals/judge.py GENERATIONS.jsonl base_url=https://api.openai.com/v1 model=gpt-4o price_in=2.5 price_out=10
 
-Takes the file of evals/generate.py and key=value. Every pair is judged twice, with the answers in both orders: a pair
-is won only if both verdicts agree on the winner, anything else is a tie. Keys:
+Takes the file of evals/generate.py and key=value. Every pair is judged twice, with the answers in both
+orders: a pair is won only if both verdicts agree on the winner, anything else is a tie. Keys:
 
-    a, b          the models to compare, by their names in the file; `chosen` and `rejected` are the dataset's answers
-                  (default, for a file with two models: a is the second, b the first)
+    a, b          the models to compare, by their names in the file; `chosen` and `rejected` are the
+                  dataset's answers (default, for a file with two models: a is the second, b the first)
     base_url      the endpoint, with /v1: a local vLLM, `llamafactory-cli api`, a cloud; it must see images
     model         the judge's name there
-    api_key_env   name of the environment variable with the key (default OPENAI_API_KEY); the key is never stored
-    price_in, price_out   US dollars per million tokens, for the estimate that is shown before anything is sent
+    api_key_env   name of the environment variable with the key (default OPENAI_API_KEY); never stored
+    price_in, price_out   US dollars per million tokens, for the estimate shown before anything is sent
     yes           true: do not ask before sending
     criteria      a text file with your own criteria instead of the built-in ones
     request       fields of the request, default {temperature: 0, max_tokens: 512}; null leaves one out:
@@ -20,8 +19,8 @@ is won only if both verdicts agree on the winner, anything else is a tie. Keys:
     concurrency 4, timeout 120 (seconds), retries 6, max_pairs (evenly spread over the file)
     output_dir    where to write (default: beside the file)
 
-Writes judge_<a>_vs_<b>.jsonl (a line a verdict) and judge_<a>_vs_<b>.json (the counts). An interrupted run, run again,
-judges only what is missing.
+Writes judge_<a>_vs_<b>.jsonl (a line a verdict) and judge_<a>_vs_<b>.json (the counts). An interrupted run,
+run again, judges only what is missing.
 """
 
 from __future__ import annotations
@@ -85,7 +84,9 @@ def main(argv: list[str]) -> int:
         confirm(waiting.values(), len(done), criteria, own)
         try:
             failed = asyncio.run(
-                judge(client, waiting, done, verdicts, own["model"], criteria, request, int(own["concurrency"]))
+                judge(
+                    client, waiting, done, verdicts, own["model"], criteria, request, int(own["concurrency"])
+                )
             )
         except EndpointUnusable as error:
             raise SystemExit(f"{own['base_url']} refuses: {error}\nCheck base_url, model and the key in "
@@ -101,7 +102,9 @@ def main(argv: list[str]) -> int:
 def read_arguments(argv: list[str]) -> tuple[Path, dict[str, Any]]:
     """(generations.jsonl, keys with their defaults). Raises SystemExit with the usage for anything else."""
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        raise SystemExit(f"usage: python {sys.argv[0]} generations.jsonl base_url=… model=… [key=value …]\n\n{__doc__}")
+        raise SystemExit(
+            f"usage: python {sys.argv[0]} generations.jsonl base_url=… model=… [key=value …]\n\n{__doc__}"
+        )
     given = OmegaConf.to_container(OmegaConf.from_cli(argv[1:]))
     unknown = [key for key in given if key not in KEYS]
     if unknown:
@@ -124,7 +127,7 @@ def verdict_key(pair: AnswerPair, order: str, model: str, criteria: str) -> str:
 
 
 def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
-    """{key: record} of verdicts that could be read; a last line cut off by an interruption is taken off the file."""
+    """{key: record} of verdicts that could be read; a last line that was cut off is taken off the file."""
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -138,13 +141,18 @@ def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
 def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, own: dict[str, Any]) -> None:
     """Prints what will be sent and what it may cost; asks unless `yes`. Raises SystemExit for a no."""
     tasks = list(tasks)
-    sizes = [text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image) for p, _ in tasks]
+    sizes = [
+        text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image)
+        for p, _ in tasks
+    ]
     tokens_in, tokens_out = sum(sizes), ANSWER_TOKENS * len(tasks)
     print(f"{len(tasks)} requests to {own['base_url']} ({done} verdicts are there already), about {tokens_in:,} tokens "
           f"in and {tokens_out:,} out (4 characters a token, images as OpenAI counts them).")  # fmt: skip
     if own["price_in"] is not None and own["price_out"] is not None:
         cost = (tokens_in * float(own["price_in"]) + tokens_out * float(own["price_out"])) / 1e6
-        print(f"About {cost:.2f} US dollars at {own['price_in']} in and {own['price_out']} out per million tokens.")
+        print(
+            f"About {cost:.2f} US dollars at {own['price_in']} in and {own['price_out']} out per million tokens."
+        )
     if not own["yes"]:
         if not sys.stdin.isatty():
             raise SystemExit("Nothing was sent. Add yes=true to send without being asked.")
@@ -158,7 +166,7 @@ def text_tokens(text: str) -> int:
 
 
 def image_tokens(image: Path | None) -> int:
-    """OpenAI's rule for high detail: 85 and 170 per 512-pixel tile, after fitting 2048 and a shorter side of 768."""
+    """OpenAI's rule for high detail: 85 and 170 per 512-pixel tile, fitted to 2048 and a shorter side of 768."""
     if image is None:
         return 0
     with Image.open(image) as opened:
@@ -178,7 +186,7 @@ async def judge(
     request: dict[str, Any],
     concurrency: int,
 ) -> dict[str, str]:
-    """Asks for the waiting verdicts, `concurrency` at a time; adds them to `done` and to the file as they come.
+    """Asks for the waiting verdicts, `concurrency` at a time; each goes to `done` and the file as it comes.
 
     Returns {key: why it failed}.
 
@@ -202,12 +210,19 @@ async def judge(
                     pair, order = waiting[key]
                     bar.update()
                     try:
-                        record = {"key": key, "dataset": pair.dataset, "pair_id": pair.pair_id, **task.result()}
+                        record = {
+                            "key": key,
+                            "dataset": pair.dataset,
+                            "pair_id": pair.pair_id,
+                            **task.result(),
+                        }
                     except RequestFailed as error:
                         failed[key] = str(error)
                         row += 1
                         if row >= GIVE_UP:
-                            raise EndpointUnusable(f"{row} requests in a row failed; the last: {error}") from None
+                            raise EndpointUnusable(
+                                f"{row} requests in a row failed; the last: {error}"
+                            ) from None
                         continue
                     row = 0
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -226,7 +241,7 @@ async def judge(
 async def one_verdict(
     client: ChatClient, pair: AnswerPair, order: str, model: str, criteria: str, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """{"order", "verdict": "A" | "B" | "tie" | None, "outcome": "a" | "b" | "tie" | None, "text", "usage", "tries"}."""
+    """One record: order, verdict ("A", "B", "tie", None), outcome ("a", "b", "tie", None), text, usage, tries."""
     first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
     content: list[dict[str, Any]] = [
         {"type": "text", "text": TASK.format(question=pair.question, first=first, second=second)}
@@ -268,10 +283,10 @@ def summarize(
 ) -> dict[str, Any]:
     """Counts of `tally` over the pairs with both verdicts, and how much the order of the answers mattered.
 
-    Adds not_judged; identical (pairs with the same answer twice: a tie, not sent); orders_disagree (pairs whose
-    verdicts name different winners, or one a tie) and its `disagreement_rate`; `position_bias_rate` (pairs in which
-    the same place won twice), both of the pairs that were sent; `first_place_share` (of the verdicts that are no tie);
-    usage; subsets; outcomes (a line a pair).
+    Adds not_judged; identical (pairs with the same answer twice: a tie, not sent); orders_disagree (pairs
+    whose verdicts name different winners, or one a tie) and its `disagreement_rate`; `position_bias_rate`
+    (pairs in which the same place won twice), both of the pairs that were sent; `first_place_share` (of the
+    verdicts that are no tie); usage; subsets; outcomes (a line a pair).
     """
     outcomes, by_subset = [], {}
     disagree = same_place = same_text = 0
@@ -325,7 +340,10 @@ def print_summary(summary: dict[str, Any], failed: dict[str, str]) -> None:
     if summary["first_place_share"] is not None:
         print(f"  first place won    {summary['first_place_share']:.1%} of the decided verdicts")
     if summary["not_judged"]:
-        print(f"  {summary['not_judged']} pairs were not judged; run the command again to try them.", file=sys.stderr)
+        print(
+            f"  {summary['not_judged']} pairs were not judged; run the command again to try them.",
+            file=sys.stderr,
+        )
     for reason, count in Counter(failed.values()).most_common(3):
         print(f"  {count} verdicts failed: {reason}", file=sys.stderr)
 

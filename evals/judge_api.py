@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key that is never shown."""
+"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key never shown."""
 
 from __future__ import annotations
 
@@ -31,24 +31,33 @@ class ChatClient:
     """Sends chat requests to `<base_url>/chat/completions`; usable from many tasks of one event loop.
 
     Args:
-        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises SystemExit when it carries a password.
-        api_key_env: name of the environment variable that holds the key. The key goes into the Authorization header
-            and nowhere else: texts from the server are cleared of it. Raises SystemExit when it is not set and the
-            endpoint is not on this machine.
+        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises SystemExit when it carries a
+            password.
+        api_key_env: name of the environment variable that holds the key. The key goes into the Authorization
+            header and nowhere else: texts from the server are cleared of it. Raises SystemExit when it is not
+            set and the endpoint is not on this machine.
         timeout: seconds for a whole answer; connecting gets at most 10.
-        retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most 60, of which
-            a random half to all is waited; what a Retry-After header asks for comes on top.
+        retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most
+            60, of which a random half to all is waited; what a Retry-After header asks for comes on top.
     """
 
-    def __init__(self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0):
+    def __init__(
+        self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0
+    ):
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SystemExit(f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1.")
+            raise SystemExit(
+                f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1."
+            )
         if parts.username or parts.password:
-            raise SystemExit("base_url holds a user or password. Put the key into an environment variable (api_key_env).")
+            raise SystemExit(
+                "base_url holds a user or password. Put the key into an environment variable (api_key_env)."
+            )
         self._key = os.environ.get(api_key_env, "")
         if not self._key and parts.hostname not in LOCAL:
-            raise SystemExit(f"The environment variable {api_key_env} is empty; it must hold the key of {parts.hostname}.")
+            raise SystemExit(
+                f"The environment variable {api_key_env} is empty; it must hold the key of {parts.hostname}."
+            )
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.retries, self.first_wait = retries, first_wait
         self.timeout = timeout
@@ -56,7 +65,9 @@ class ChatClient:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
             limits=httpx.Limits(max_connections=None),
-            mounts={f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")},  # never through a proxy
+            mounts={
+                f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")
+            },  # never through a proxy
         )
 
     async def close(self) -> None:
@@ -74,7 +85,9 @@ class ChatClient:
         for tried in range(self.retries + 1):
             pause = min(self.first_wait * 2**tried, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             try:
-                async with asyncio.timeout(self.timeout):  # httpx's own bounds each read, not the whole answer
+                async with asyncio.timeout(
+                    self.timeout
+                ):  # httpx's own bounds each read, not the whole answer
                     response = await self._client.post(self.url, json=payload)
             except (httpx.TransportError, TimeoutError) as error:  # also refused and broken connections
                 problem = f"{type(error).__name__}: {error}"

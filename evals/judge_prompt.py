@@ -6,8 +6,9 @@ import json
 import re
 
 CRITERIA = """\
-1. Truth: an answer that says something about the image that is not so, or names things that are not there, is worse.
-   Weigh every false statement, also in passing. Check each claim against the image, not against the other answer.
+1. Truth: an answer that says something about the image that is not so, or names things that are not there,
+   is worse. Weigh every false statement, also in passing. Check each claim against the image, not against the
+   other answer.
 2. Does it answer the question, completely and no more than needed?
 3. Only if both are equally true and helpful: clarity. Length by itself is no merit.
 If neither is better, it is a tie."""
@@ -38,17 +39,21 @@ TASK = """\
 
 REMINDER = "Your verdict could not be read. Reply with one line only: VERDICT: A, VERDICT: B or VERDICT: TIE."
 
-_WORD = r"(?:(?:an?\s+)?(?P<tie>tie|draw|equal|both|neither|c)|(?:(?:answer|assistant|option|response)[\s_]*)?(?P<side>a|b))"
+_TIE = r"(?:an?\s+)?(?P<tie>tie|draw|equal|both|neither|c)"
+_SIDE = r"(?:(?:answer|assistant|option|response)[\s_]*)?(?P<side>a|b)"
+_WORD = f"(?:{_TIE}|{_SIDE})"
 _LABELLED = re.compile(rf"\b(?:verdict|winner)\b\W*(?:is\b\W*)?{_WORD}\W*$", re.IGNORECASE | re.MULTILINE)
 _BRACKETED = re.compile(rf"\[\[\s*{_WORD}\s*\]\]", re.IGNORECASE)
 _ALONE = re.compile(rf"^\W*{_WORD}\W*$", re.IGNORECASE)
 
 
 def parse_verdict(text: str) -> str | None:
-    """"A", "B" or "tie" as the judge said, None when it said none of them clearly.
+    """ "A", "B" or "tie" as the judge said, None when it said none of them clearly.
 
-    Read, in this order: a JSON object with "verdict" or "winner", the last line that ends with a labelled verdict,
-    MT-bench's [[A]] ([[C]] is a tie), a last line that is nothing but the verdict. Thoughts in <think> don't count.
+    Read, in this order: a JSON object with "verdict" or "winner", the last line that ends with a labelled
+        verdict,
+    MT-bench's [[A]] ([[C]] is a tie), a last line that is nothing but the verdict. Thoughts in <think> don't
+    count.
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL | re.IGNORECASE).strip()
     for start in (found.start() for found in reversed(list(re.finditer(r"\{", text)))):

@@ -24,8 +24,8 @@ RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 class VoteStore:
     """One append-only file a rater, `<folder>/<rater>.jsonl`; a vote is on the disk when `add` returns.
 
-    Votes name the pair by content (`AnswerPair.key`), so votes on answers that were generated anew do not count. A
-    later vote on the same pair takes the place of an earlier one; nothing is ever erased.
+    Votes name the pair by content (`AnswerPair.key`), so votes on answers that were generated anew do not
+    count. A later vote on the same pair takes the place of an earlier one; nothing is ever erased.
     """
 
     def __init__(self, folder: Path):
@@ -35,7 +35,9 @@ class VoteStore:
     def path(self, rater: str) -> Path:
         """The rater's file. Raises ValueError for a name that is not 1 to 40 of A-Z a-z 0-9 _ . -"""
         if not RATER.fullmatch(rater):
-            raise ValueError("A rater's name has 1 to 40 letters, digits, '_', '.' or '-', and starts with one of the first two.")
+            raise ValueError(
+                "A rater's name has 1 to 40 letters, digits, '_', '.' or '-', and starts with a letter or digit."
+            )
         return self.folder / f"{rater}.jsonl"
 
     def add(self, rater: str, pair: AnswerPair, choice: str, flipped: bool) -> None:
@@ -66,12 +68,15 @@ class VoteStore:
             return {}
         data = path.read_bytes()
         votes: dict[str, str] = {}
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):  # no cut last line
+        whole = data[: data.rfind(b"\n") + 1]  # without a last line that was cut off
+        for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 vote = json.loads(line)
                 key, outcome = vote["key"], vote["outcome"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a vote ({error}). Repair or delete the line.") from error
+                raise ValueError(
+                    f"{path}:{number}: not a vote ({error}). Repair or delete the line."
+                ) from error
             if outcome not in OUTCOMES:
                 raise ValueError(f"{path}:{number}: outcome {outcome!r} is none of {', '.join(OUTCOMES)}.")
             if key in wanted:
@@ -99,7 +104,7 @@ def flipped(seed: int, rater: str, pair: AnswerPair) -> bool:
 
 
 def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Cohen's kappa (1960) of two raters' categories; None without pairs, or where chance agreement is certain."""
+    """Cohen's kappa (1960) of two raters' categories; None without pairs or where chance agreement is 1."""
     n = len(first)
     if not n:
         return None
@@ -115,18 +120,23 @@ def majority(votes: Sequence[str]) -> str:
     return "tie" if rest and rest[0][1] == most else best
 
 
-def summarize(pairs: Sequence[AnswerPair], votes: Mapping[str, Mapping[str, str]], humans: Sequence[str]) -> dict[str, Any]:
+def summarize(
+    pairs: Sequence[AnswerPair], votes: Mapping[str, Mapping[str, str]], humans: Sequence[str]
+) -> dict[str, Any]:
     """Win rates and agreement.
 
     Args:
-        votes: {rater: {pair key: outcome}}; humans: the raters that are people (the rest agree or not, but do not vote).
+        votes: {rater: {pair key: outcome}}; humans: the raters that are people (the rest agree or not, but do
+            not vote).
 
     Returns:
-        raters {name: `tally` of that rater}, majority (`tally` over pairs, one voice each; pairs in n_pairs without
-        a vote left out), agreement [{raters, n, agreement (same category), agreement_low, _high, kappa}] for every two
-        raters with common pairs.
+        raters {name: `tally` of that rater}, majority (`tally` over pairs, one voice each; pairs in n_pairs
+        without a vote left out), agreement [{raters, n, agreement (same category), agreement_low, _high,
+        kappa}] for every two raters with common pairs.
     """
-    decided = [found for pair in pairs if (found := [votes[r][pair.key] for r in humans if pair.key in votes[r]])]
+    decided = [
+        found for pair in pairs if (found := [votes[r][pair.key] for r in humans if pair.key in votes[r]])
+    ]
     agreement = []
     for one, other in itertools.combinations(votes, 2):
         common = [pair.key for pair in pairs if pair.key in votes[one] and pair.key in votes[other]]

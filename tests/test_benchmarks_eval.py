@@ -25,7 +25,7 @@ sys.path.insert(0, str(TASK))
 import benchmarks  # noqa: E402
 import demo_world  # noqa: E402
 import make_data  # noqa: E402
-import utils  # noqa: E402
+import measures  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,16 @@ def test_answers_are_true_of_the_pictures(monkeypatch):
 def test_measures_by_hand():
     said = ["Yes, there is.", " no", "YES", "No, none.", "Maybe yes", "Not a star", "yes"]
     true = ["yes", "yes", "no", "no", "yes", "no", "yes"]
-    results = [utils.process_results({"answer": t, "category": "random"}, [s])["accuracy"] for s, t in zip(said, true)]
+    results = [
+        measures.process_results({"answer": t, "category": "random"}, [s])["accuracy"]
+        for s, t in zip(said, true)
+    ]
     assert [r["said"] for r in results] == ["yes", "no", "yes", "no", "", "", "yes"]
-    assert utils.accuracy(results) == 3 / 7
-    assert utils.precision(results) == 2 / 3
-    assert utils.recall(results) == 2 / 4
-    assert utils.yes_ratio(results) == 3 / 7
-    assert utils.precision(results[1:2]) == 0.0
+    assert measures.accuracy(results) == 3 / 7
+    assert measures.precision(results) == 2 / 3
+    assert measures.recall(results) == 2 / 4
+    assert measures.yes_ratio(results) == 3 / 7
+    assert measures.precision(results[1:2]) == 0.0
 
 
 def test_metrics_and_table(capsys):
@@ -88,7 +91,9 @@ def plain_answer(model, processor, row: dict) -> str:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 @pytest.mark.slow
@@ -100,7 +105,9 @@ def test_through_the_real_harness(tmp_path):
     expected = {"base": [plain_answer(model, processor, row) for row in rows]}
     torch.manual_seed(0)
     targets = r".*language_model.*(q_proj|v_proj)"
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False))
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False)
+    )
     tuned.save_pretrained(tmp_path / "tuned")
     loaded = AutoModelForImageTextToText.from_pretrained(random_model())
     loaded = PeftModel.from_pretrained(loaded, tmp_path / "tuned").eval()
@@ -119,9 +126,9 @@ def test_through_the_real_harness(tmp_path):
         lines = (tmp_path / "out" / f"samples_{name}_demo_objects.jsonl").read_text().splitlines()
         samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
         assert [sample["resps"][0][0] for sample in samples] == answers
-        results = [utils.process_results(row, [text])["accuracy"] for row, text in zip(rows, answers)]
-        assert table[name]["demo_objects"]["accuracy"] == pytest.approx(utils.accuracy(results))
-        assert table[name]["demo_objects"]["yes_ratio"] == pytest.approx(utils.yes_ratio(results))
+        results = [measures.process_results(row, [text])["accuracy"] for row, text in zip(rows, answers)]
+        assert table[name]["demo_objects"]["accuracy"] == pytest.approx(measures.accuracy(results))
+        assert table[name]["demo_objects"]["yes_ratio"] == pytest.approx(measures.yes_ratio(results))
     assert "demo_objects  accuracy" in done.stdout
 
     unknown = [*command[:4], "tasks=popee", *command[5:]]

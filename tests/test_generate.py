@@ -53,7 +53,9 @@ def run(folder: Path, out: str, *overrides: str) -> list[dict]:
 
 
 def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def plain_answer(model, processor, row: dict, max_new_tokens: int = 6) -> str:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 def test_equals_transformers_one_at_a_time(rows, greedy):
@@ -97,7 +101,9 @@ def test_lines_say_what_was_asked(rows, greedy, folder):
         else:
             path = folder / "greedy" / line["image"]["path"]
             assert path.read_bytes() == row["image"]["bytes"]
-            assert path.name == f"{images.content_hash(row['image']['bytes'])}.{'png' if index > 5 else 'jpg'}"
+            assert (
+                path.name == f"{images.content_hash(row['image']['bytes'])}.{'png' if index > 5 else 'jpg'}"
+            )
 
 
 def test_batch_size_changes_no_sample_but_the_seed_does(folder, greedy):
@@ -187,7 +193,9 @@ def test_spread_of_max_prompts():
     [("llava_v16_mistral", mistral_v1), ("llava_v16_vicuna", mistral_v1), ("llava_v16_34b", chatml)]
     + [(name, joining_bpe) for name in CONVERSATIONS],
 )
-@pytest.mark.parametrize("question", ["What is it?", "  two\n\nlines </s> ", "<image> ASSISTANT: [/INST] ünï 🙂", ""])
+@pytest.mark.parametrize(
+    "question", ["What is it?", "  two\n\nlines </s> ", "<image> ASSISTANT: [/INST] ünï 🙂", ""]
+)
 @pytest.mark.parametrize("answer", ["The", "\n\nyes"])
 def test_prompts_are_those_of_training(name, tokenizer, question, answer):
     conversation, tokenizer = CONVERSATIONS[name], tokenizer()

@@ -24,7 +24,9 @@ import votes as votes_module  # noqa: E402
 from answer_pairs import AnswerPair, read_answer_pairs, tally  # noqa: E402
 from votes import VoteStore, cohens_kappa, flipped, majority, summarize  # noqa: E402
 
-PAIRS = [AnswerPair("d", f"p{i}", "s/t", f"question {i}?", None, f"ours {i}", f"theirs {i}") for i in range(40)]
+PAIRS = [
+    AnswerPair("d", f"p{i}", "s/t", f"question {i}?", None, f"ours {i}", f"theirs {i}") for i in range(40)
+]
 
 
 @pytest.fixture
@@ -34,7 +36,10 @@ def file(tmp_path):
     for i in range(6):
         image = {"path": f"images/{i}.png"} if i != 2 else None
         Image.new("RGB", (60, 40), (200, 40 * i, 0)).save(tmp_path / "images" / f"{i}.png")
-        answers = {"secretbase": f"theirs {i} <b>x</b>", "secrettuned": f"ours {i}" if i != 5 else "theirs 5 <b>x</b>"}
+        answers = {
+            "secretbase": f"theirs {i} <b>x</b>",
+            "secrettuned": f"ours {i}" if i != 5 else "theirs 5 <b>x</b>",
+        }
         lines.append({"pair_id": f"p{i}", "dataset": "d", "subset": "s/t", "image": image, "question": f"question {i}?",
                       "chosen": "c", "rejected": "r", "answers": answers})  # fmt: skip
     path = tmp_path / "generations.jsonl"
@@ -44,7 +49,9 @@ def file(tmp_path):
 
 def test_vote_is_filed_under_the_right_model(tmp_path):
     store = VoteStore(tmp_path)
-    for i, (choice, flip) in enumerate([("left", False), ("left", True), ("right", False), ("right", True), ("tie", True)]):
+    for i, (choice, flip) in enumerate(
+        [("left", False), ("left", True), ("right", False), ("right", True), ("tie", True)]
+    ):
         store.add("ann", PAIRS[i], choice, flip)
     assert [store.outcomes("ann", PAIRS)[pair.key] for pair in PAIRS[:5]] == ["a", "b", "b", "a", "tie"]
     store.add("ann", PAIRS[0], "tie", False)  # a change of mind
@@ -112,17 +119,23 @@ def test_names_that_are_no_file_names(tmp_path, name):
 
 
 def test_order_is_a_fixed_fair_coin():
-    coins = np.array([[flipped(seed, rater, pair) for pair in PAIRS] for seed in range(10) for rater in "abcde"])
+    coins = np.array(
+        [[flipped(seed, rater, pair) for pair in PAIRS] for seed in range(10) for rater in "abcde"]
+    )
     assert coins.tolist() == [[flipped(s, r, pair) for pair in PAIRS] for s in range(10) for r in "abcde"]
     assert abs(coins.mean() - 0.5) < 4 * 0.5 / coins.size**0.5
     assert len({tuple(row) for row in coins.tolist()}) == 50  # another order for each seed and rater
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in statsmodels' standard errors
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # in statsmodels' standard errors
 @given(st.lists(st.tuples(*[st.sampled_from(["a", "tie", "b"])] * 2), min_size=1))
 def test_kappa_equals_statsmodels(votes):
     first, second = zip(*votes)
-    table = np.array([[sum(v == (x, y) for v in votes) for y in ("a", "tie", "b")] for x in ("a", "tie", "b")])
+    table = np.array(
+        [[sum(v == (x, y) for v in votes) for y in ("a", "tie", "b")] for x in ("a", "tie", "b")]
+    )
     if len(set(first)) == 1 and set(first) == set(second):
         assert cohens_kappa(first, second) is None
     else:
@@ -154,7 +167,9 @@ def test_report_numbers(tmp_path, file, capsys):
     lines = {tuple(line["raters"]): line for line in summary["agreement"]}
     assert lines["ann", "bob"]["agreement"] == 0.75 and lines["ann", "bob"]["n"] == 4
     assert lines["ann", "bob"]["kappa"] == pytest.approx((0.75 - 0.5) / 0.5)  # chance: 3/4 * 2/4 + 1/4 * 2/4
-    assert lines["ann", "(judge)"]["agreement"] == 0.6 and lines["ann", "(judge)"]["kappa"] == pytest.approx(0)
+    assert lines["ann", "(judge)"]["agreement"] == 0.6 and lines["ann", "(judge)"]["kappa"] == pytest.approx(
+        0
+    )
     printed = capsys.readouterr().out
     assert "majority of 2 raters" in printed and "agree on 75.0%" in printed
 
@@ -250,7 +265,9 @@ def test_page_in_a_browser(page):
         expect(tab.locator("#progress")).to_contain_text("All done")
         expect(tab.locator("#vote-left")).to_be_disabled()
         text = tab.content() + "".join(
-            r.text() for r in received if "json" in r.headers.get("content-type", "") and r.request.method == "GET"
+            r.text()
+            for r in received
+            if "json" in r.headers.get("content-type", "") and r.request.method == "GET"
         )
         browser.close()
     assert "secret" not in text

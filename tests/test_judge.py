@@ -1,4 +1,6 @@
-"""evals/judge.py against a stub endpoint: both orders, every kind of trouble, interruption, the key, the numbers."""
+"""evals/judge.py against a stub endpoint: both orders, every kind of trouble, interruption, the key, the
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,17 @@ KEY = "sk-secret-0123456789"
 def quick(monkeypatch):
     """Back-off in milliseconds; the key in the environment."""
     original = judge_api.ChatClient.__init__
-    monkeypatch.setattr(judge_api.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002))
+    monkeypatch.setattr(
+        judge_api.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002)
+    )
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
 @pytest.fixture
 def file(tmp_path):
-    """20 prompts; the true answer is said by `tuned` in the first 12, by `base` in the next 5, by both in the rest."""
+    """20 prompts; the true answer is said by `tuned` in the first 12, by `base` in the next 5, by both in the
+    rest.
+    """
     return write_generations(tmp_path, 20)
 
 
@@ -95,16 +101,24 @@ def test_win_tie_loss_and_what_is_sent(file, capsys):
     assert summary["orders_disagree"] == 0 and summary["position_bias_rate"] == 0
     assert summary["first_place_share"] == 0.5  # every winner stood first once and second once
     assert summary["usage"] == {"prompt_tokens": 400, "completion_tokens": 80}
-    assert {name: counts(found) for name, found in summary["subsets"].items()} == {"s/0": (6, 1, 3), "s/1": (6, 2, 2)}
+    assert {name: counts(found) for name, found in summary["subsets"].items()} == {
+        "s/0": (6, 1, 3),
+        "s/1": (6, 2, 2),
+    }
     asked = [shown(body) for body, _, _ in server.requests]
     assert len(asked) == 40
-    assert {(q, first) for q, first, _, _ in asked} == {(q, second) for q, _, second, _ in asked}  # both orders
+    assert {(q, first) for q, first, _, _ in asked} == {
+        (q, second) for q, _, second, _ in asked
+    }  # both orders
     sent = {question: url for question, _, _, url in asked}
     assert sent["what is 1?"] is None
-    assert base64.b64decode(sent["what is 0?"].removeprefix("data:image/png;base64,")) == (
-        file.parent / "images" / "0.png"
-    ).read_bytes()
-    bmp = base64.b64decode(sent["what is 2?"].removeprefix("data:image/png;base64,"))  # endpoints don't read BMP
+    assert (
+        base64.b64decode(sent["what is 0?"].removeprefix("data:image/png;base64,"))
+        == (file.parent / "images" / "0.png").read_bytes()
+    )
+    bmp = base64.b64decode(
+        sent["what is 2?"].removeprefix("data:image/png;base64,")
+    )  # endpoints don't read BMP
     assert Image.open(io.BytesIO(bmp)).getpixel((0, 0)) == (18, 90, 20)
     assert all(body["temperature"] == 0 and body["model"] == "stub" for body, _, _ in server.requests)
     assert "12 won, 3 tied, 5 lost" in capsys.readouterr().out
@@ -222,8 +236,14 @@ def test_what_stays_unjudged_is_counted_and_tried_again(file, capsys):
         summary = run(file, server)
     assert counts(summary) == (10, 3, 5) and summary["not_judged"] == 2
     complaints = capsys.readouterr().err
-    assert "2 pairs were not judged" in complaints and "content policy" in complaints and "no verdict in" in complaints
-    assert [shown(body)[0] for body, _, _ in server.requests].count("what is 0?") == 2  # a refusal is not retried
+    assert (
+        "2 pairs were not judged" in complaints
+        and "content policy" in complaints
+        and "no verdict in" in complaints
+    )
+    assert [shown(body)[0] for body, _, _ in server.requests].count(
+        "what is 0?"
+    ) == 2  # a refusal is not retried
     with JudgeServer(honest) as server:
         assert counts(run(file, server)) == (12, 3, 5)
     assert len(server.requests) == 4
@@ -278,10 +298,21 @@ def test_interrupted_run_resumes(file):
     def hangs(request, number):
         return honest(request) if number <= 14 else Reply("VERDICT: A", delay=20)
 
-    words = [sys.executable, EVALS / "judge.py", file, "model=stub", "yes=true", "concurrency=4", "timeout=60"]
+    words = [
+        sys.executable,
+        EVALS / "judge.py",
+        file,
+        "model=stub",
+        "yes=true",
+        "concurrency=4",
+        "timeout=60",
+    ]
     with JudgeServer(hangs) as server:
         process = subprocess.Popen(
-            [*words, f"base_url={server.base_url}"], env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*words, f"base_url={server.base_url}"],
+            env=os.environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         while len(server.requests) < 16:
             assert process.poll() is None, process.stderr.read().decode()
@@ -323,7 +354,9 @@ def test_estimate_and_confirmation(file, capsys, monkeypatch):
     tokens_in = int(printed.split("about ")[1].split(" tokens")[0].replace(",", ""))
     messages = [body["messages"] for body, _, _ in server.requests]
     texts = sum(len(json.dumps(first)) + len(second["content"][-1]["text"]) for first, second in messages)
-    assert tokens_in - 38 * 255 == pytest.approx(texts / 4, rel=0.1)  # 38 of 40 requests show an image of one tile
+    assert tokens_in - 38 * 255 == pytest.approx(
+        texts / 4, rel=0.1
+    )  # 38 of 40 requests show an image of one tile
     assert f"About {(tokens_in * 1000 + 8000 * 2000) / 1e6:.2f} US dollars" in printed
 
 

@@ -2,7 +2,8 @@
 
     python evals/tasks/demo_objects/make_data.py --out outputs/benchmarks/demo_objects.parquet
 
-evals/benchmarks.py does this by itself. Deterministic; the pictures are in no split of scripts/make_demo_data.py.
+evals/benchmarks.py does this by itself. Deterministic; the pictures are in no split of
+scripts/make_demo_data.py.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import demo_world  # noqa: E402
 
-FEATURES = Features({"image": Image(), **dict.fromkeys(("question_id", "question", "answer", "category"), Value("string"))})
+FEATURES = Features(
+    {"image": Image(), **dict.fromkeys(("question_id", "question", "answer", "category"), Value("string"))}
+)
 
 
 def questions(count: int, seed: int = 0) -> list[dict]:
     """`count` rows, one picture each; answers alternate yes, no.
 
-    category says what a "no" asks for: `random` (any object that is absent), or `adversarial` (an object of the picture
-    with its color or shape exchanged for the one that is easily confused with it). Answer, category and wording are
-    independent: every eight rows hold each combination once.
+    category says what a "no" asks for: `random` (any object that is absent), or `adversarial` (an object of
+    the picture with its color or shape exchanged for the one that is easily confused with it). Answer,
+    category and wording are independent: every eight rows hold each combination once.
     """
     rng = random.Random(f"demo_objects/{seed}")
     rows = []
@@ -59,7 +62,9 @@ def write(path: Path, count: int = 400, seed: int = 0) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/demo_objects.parquet"))
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
