@@ -1,7 +1,9 @@
 """Quantize a merged LLaVA-1.6 to 4 bits (GPTQ or AWQ, W4A16), calibrated on preference pairs and images.
 
-    bash scripts/quantize.sh --method gptq --model outputs/tiny/merged --data demo_train --out outputs/tiny/gptq
-    bash scripts/quantize.sh --method awq --model outputs/tiny/merged --data demo_train --out outputs/tiny/awq
+    bash scripts/quantize.sh --method gptq --model outputs/tiny/merged --data demo_train \\
+        --out outputs/tiny/gptq
+    bash scripts/quantize.sh --method awq --model outputs/tiny/merged --data demo_train \\
+        --out outputs/tiny/awq
 
 Only the linear layers of the language model's blocks are quantized; vision tower, projector, embeddings and
 LM head keep their weights to the bit, processor and chat-template files their bytes. The folder is in the

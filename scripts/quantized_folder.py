@@ -1,4 +1,4 @@
-"""The 4-bit checkpoint that scripts/quantize.py writes: which layers, under which names, and whether it loads.
+"""The 4-bit checkpoint that scripts/quantize.py writes: which layers, which names, and whether it loads.
 
 compressed-tensors format ("pack-quantized": eight 4-bit numbers an int32), published llava-hf tensor names.
 """
