@@ -29,6 +29,8 @@ LAYOUTS = {  # origin_dataset -> (rows, columns) it may have
     "DemoStrip": ((1, 2), (2, 1), (1, 3), (3, 1)),
     "DemoBoard": ((2, 3), (3, 2)),
 }
+SOURCE_WEIGHTS = (4, 4, 2)  # boards are the hardest to see
+CONFUSED = 0.6  # how often a changed color or shape becomes its partner rather than any other
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 SIDES = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
 LEVELS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
@@ -57,7 +59,7 @@ def partner(name: str) -> str:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    source = rng.choice(tuple(LAYOUTS))
+    source = rng.choices(tuple(LAYOUTS), SOURCE_WEIGHTS)[0]
     rows, columns = rng.choice(LAYOUTS[source])
     objects = tuple((rng.choice(tuple(COLORS)), rng.choice(SHAPES)) for _ in range(rows * columns))
     return Scene(source, rows, columns, rng.choice(tuple(BACKGROUNDS)), objects)
@@ -74,7 +76,7 @@ def _change(scene: Scene, rng: random.Random) -> Scene:
         i = rng.randrange(len(objects))
         old = objects[i][0] if kind == "color" else objects[i][1]
         names = tuple(COLORS) if kind == "color" else SHAPES
-        new = partner(old) if rng.random() < 0.5 else rng.choice([name for name in names if name != old])
+        new = partner(old) if rng.random() < CONFUSED else rng.choice([name for name in names if name != old])
         objects[i] = (new, objects[i][1]) if kind == "color" else (objects[i][0], new)
     return replace(scene, objects=tuple(objects))
 
@@ -103,41 +105,48 @@ def misperceive(scene: Scene, rng: random.Random, rate: float) -> Scene:
 
 def facts(scene: Scene) -> dict[tuple, object]:
     """Every question the scene answers: (kind, *arguments) -> answer value."""
-    objects, found = scene.objects, {}
+    objects, found = scene.objects, {("describe",): scene.objects}
     colors, shapes = [c for c, _ in objects], [s for _, s in objects]
     for i, (color, shape) in enumerate(objects):
         found["color at", i], found["shape at", i], found["object at", i] = color, shape, (color, shape)
+        for j in range(i + 1, len(objects)):
+            found["same color", i, j], found["same shape", i, j] = (color, colors[j]), (shape, shapes[j])
+    if scene.rows > 1 < scene.columns:
+        for row in range(scene.rows):
+            found["row", row] = objects[row * scene.columns : (row + 1) * scene.columns]
     for color in COLORS:
-        found["count color", color] = colors.count(color)
         if colors.count(color) == 1:
             found["shape of", color] = shapes[colors.index(color)]
         for shape in SHAPES:
             found["is there", color, shape] = (color, shape) in objects
     for shape in SHAPES:
-        found["count shape", shape] = shapes.count(shape)
+        found["count", shape] = tuple(shapes)
         if shapes.count(shape) == 1:
             found["color of", shape] = colors[shapes.index(shape)]
-    for names, have in ((tuple(COLORS), colors), (SHAPES, shapes)):
-        for a in names:
-            for b in names:
-                if a < b and have.count(a) != have.count(b):
-                    found["more", a, b] = a if have.count(a) > have.count(b) else b
     unique = sorted(pair for pair in set(objects) if objects.count(pair) == 1)
     for a in unique:
-        i = objects.index(a)
-        found[("where", *a)] = i
+        found[("where", *a)] = objects.index(a)
         for b in unique:
-            (row_a, col_a), (row_b, col_b) = divmod(i, scene.columns), divmod(objects.index(b), scene.columns)
+            col_a, col_b = (objects.index(x) % scene.columns for x in (a, b))
             if a < b and col_a != col_b:
                 found["side", a, b] = "left" if col_a < col_b else "right"
-            if a < b and row_a != row_b:
-                found["level", a, b] = "above" if row_a < row_b else "below"
-    for i in range(len(objects)):
-        for j in range(i + 1, len(objects)):
-            found["same color", i, j] = colors[i] == colors[j]
-            found["same shape", i, j] = shapes[i] == shapes[j]
-    found["describe",] = objects
     return found
+
+
+# How often each kind of question is asked, relative to the others that a pair of scenes allows.
+KINDS = {
+    "object at": 4, "color at": 4, "shape at": 4, "row": 4, "same color": 2, "same shape": 2, "count": 3,
+    "color of": 3, "shape of": 3, "where": 1, "is there": 1, "side": 1,
+}  # fmt: skip
+
+
+def choose_question(scene: Scene, other: Scene, rng: random.Random) -> tuple:
+    """A short question that both scenes answer, differently: a kind by its weight, then any key of that kind."""
+    mine, theirs = facts(scene), facts(other)
+    keys = [k for k in mine if k in theirs and mine[k] != theirs[k] and k[0] != "describe"]
+    kinds = sorted({k[0] for k in keys})
+    kind = rng.choices(kinds, [KINDS[k] for k in kinds])[0]
+    return rng.choice([k for k in keys if k[0] == kind])
 
 
 def _a(words: str) -> str:
@@ -150,112 +159,105 @@ def _at(place: str) -> str:
     )
 
 
+def _listed(things: list[str]) -> str:
+    return ", ".join(things[:-1]) + f" and {things[-1]}"
+
+
 def ask(scene: Scene, key: tuple, writer: int) -> str:
     """The question for `key` in the words of writer 0 or 1."""
     kind, args = key[0], key[1:]
-    if kind in ("color at", "shape at", "object at"):
+    if kind == "object at":
         place = _at(scene.place(args[0]))
-        if kind == "object at":
-            return (f"What is {place}?", f"What can be seen {place} of the picture?")[writer]
-        noun = kind.split()[0]
+        return (f"What is {place}?", f"What can be seen {place} of the picture?")[writer]
+    if kind in ("color at", "shape at"):
+        noun, place = kind.split()[0], _at(scene.place(args[0]))
         return (f"What {noun} is the one {place}?", f"Which {noun} do you see {place}?")[writer]
+    if kind in ("same color", "same shape"):
+        noun, a, b = kind.split()[1], scene.place(args[0]), scene.place(args[1])
+        return (
+            f"Do the {a} one and the {b} one have the same {noun}?",
+            f"Compare the {a} with the {b}: is the {noun} the same?",
+        )[writer]
+    if kind == "row":
+        level = LEVELS[scene.rows][args[0]]
+        return (f"What does the {level} row show?", f"Which shapes are in the {level} row?")[writer]
+    if kind == "count":
+        return (f"How many {args[0]}s are there?", f"Count the {args[0]}s in the picture.")[writer]
     if kind == "color of":
         return (f"What color is the {args[0]}?", f"Which color does the {args[0]} have?")[writer]
     if kind == "shape of":
         return (f"What shape is the {args[0]} one?", f"Which shape is painted {args[0]}?")[writer]
     if kind == "where":
         return (f"Where is the {args[0]} {args[1]}?", f"In which place is the {args[0]} {args[1]}?")[writer]
-    if kind in ("count color", "count shape"):
-        noun = f"{args[0]} shapes" if kind == "count color" else f"{args[0]}s"
-        return (f"How many {noun} are there?", f"Count the {noun} in the picture.")[writer]
     if kind == "is there":
         thing = _a(f"{args[0]} {args[1]}")
         return (f"Is there {thing} in the picture?", f"Can you see {thing}?")[writer]
-    if kind == "more":
-        a, b = args if args[0] in COLORS else (f"{args[0]}s", f"{args[1]}s")
-        return (f"Are there more {a} or more {b} ones?" if args[0] in COLORS else f"Are there more {a} or {b}?",
-                f"Which are more common, {a} or {b}?")[writer]  # fmt: skip
-    if kind in ("side", "level"):
-        (c1, s1), (c2, s2) = args
-        ways = (
-            ("to the left or to the right of", "left or right of")
-            if kind == "side"
-            else ("above or below",) * 2
-        )
-        return (
-            f"Is the {c1} {s1} {ways[0]} the {c2} {s2}?",
-            f"Is it {ways[1]} the {c2} {s2} that the {c1} {s1} is?",
-        )[writer]
-    if kind in ("same color", "same shape"):
-        noun, a, b = kind.split()[1], scene.place(args[0]), scene.place(args[1])
-        return (f"Do the {a} one and the {b} one have the same {noun}?",
-                f"Compare the {a} with the {b}: same {noun}?")[writer]  # fmt: skip
+    if kind == "side":
+        a, b = (f"the {color} {shape}" for color, shape in args)
+        return (f"Is {a} to the left or to the right of {b}?", f"Compare {a} with {b}: which side is it on?")[
+            writer
+        ]
     return ("Describe this image in detail.", "What do you see? Give a full description.")[writer]
 
 
 def answer(scene: Scene, key: tuple, value: object, writer: int) -> str:
-    """The sentence that gives `value` as the answer to `key`. For one key, all values give equally many words."""
+    """The sentence that gives `value` as the answer to `key`. For one key, all values give equally many words.
+
+    Comparisons and counts name what they compare or count before they conclude.
+    """
     kind, args = key[0], key[1:]
-    if kind in ("color at", "shape at", "object at"):
+    if kind == "object at":
+        thing, place = _a(" ".join(value)), _at(scene.place(args[0]))
+        return (f"There is {thing} {place}.", f"I can see {thing} {place}.")[writer]
+    if kind == "color at":
         place = _at(scene.place(args[0]))
-        if kind == "object at":
-            thing = _a(f"{value[0]} {value[1]}")
-            return (f"There is {thing} {place}.", f"I can see {thing} {place}.")[writer]
-        if kind == "color at":
-            return (f"The one {place} is {value}.", f"The shape {place} is {value}.")[writer]
-        return (f"The one {place} is a {value}.", f"It is a {value}.")[writer]
+        return (f"The one {place} is {value}.", f"The shape {place} is {value}.")[writer]
+    if kind == "shape at":
+        return (f"The one {_at(scene.place(args[0]))} is a {value}.", f"It is a {value}.")[writer]
+    if kind in ("same color", "same shape"):
+        a, b = (
+            f"the {scene.place(i)} one is {v if kind == 'same color' else _a(v)}" for i, v in zip(args, value)
+        )
+        same = value[0] == value[1]
+        end = (
+            "so the answer is yes" if same else "so the answer is no",
+            "so they match" if same else "so they differ",
+        )
+        return f"{a.capitalize()} and {b}, {end[writer]}."
+    if kind == "row":
+        things, level = _listed([_a(" ".join(pair)) for pair in value]), LEVELS[scene.rows][args[0]]
+        return (f"The {level} row shows {things}.", f"In the {level} row there are {things}.")[writer]
+    if kind == "count":
+        number, noun = value.count(args[0]), args[0] if value.count(args[0]) == 1 else f"{args[0]}s"
+        things = _listed([_a(shape) for shape in value])
+        return (
+            f"I see {things}, so {NUMBERS[number]} {noun}.",
+            f"With {things}, it has {NUMBERS[number]} {noun}.",
+        )[writer]
     if kind == "color of":
         return (f"The {args[0]} is {value}.", f"It is {_a(f'{value} {args[0]}')}.")[writer]
     if kind == "shape of":
         return (f"The {args[0]} one is a {value}.", f"It is {_a(f'{args[0]} {value}')}.")[writer]
     if kind == "where":
-        return (
-            f"The {args[0]} {args[1]} is {_at(scene.place(value))}.",
-            f"It is {_at(scene.place(value))}.",
-        )[writer]
-    if kind in ("count color", "count shape"):
-        noun = f"{args[0]} shape" if kind == "count color" else args[0]
-        noun += "" if value == 1 else "s"
-        be = "is" if value == 1 else "are"
-        return (f"There {be} {NUMBERS[value]} {noun}.", f"The picture has {NUMBERS[value]} {noun}.")[writer]
+        place = _at(scene.place(value))
+        return (f"The {args[0]} {args[1]} is {place}.", f"It is {place}.")[writer]
     if kind == "is there":
         thing = f"{args[0]} {args[1]}"
-        if writer == 0:
-            return f"Yes, there is {_a(thing)}." if value else f"No, there is no {thing}."
-        return f"Yes, the picture shows {_a(thing)}." if value else f"No, the picture shows no {thing}."
-    if kind == "more":
-        loser = args[0] if value == args[1] else args[1]
-        end = " ones" if value in COLORS else "s"
-        return (
-            f"There are more {value}{end} than {loser}{end}.",
-            f"The {value}{end} outnumber the {loser}{end}.",
-        )[writer]
-    if kind in ("side", "level"):
-        (c1, s1), (c2, s2) = args
-        way = f"to the {value} of" if kind == "side" else value
-        return (f"The {c1} {s1} is {way} the {c2} {s2}.", f"It is {way} the {c2} {s2}.")[writer]
-    if kind in ("same color", "same shape"):
-        noun = kind.split()[1]
-        if writer == 0:
-            return f"Yes, they have the same {noun}." if value else f"No, they have a different {noun}."
-        return f"Yes, both have one {noun}." if value else f"No, each has another {noun}."
-    things = [(_a(f"{color} {shape}"), scene.place(i)) for i, (color, shape) in enumerate(value)]
-    number = NUMBERS[len(things)]
+        yes = (f"Yes, there is {_a(thing)}.", f"Yes, the picture shows {_a(thing)}.")
+        no = (f"No, there is no {thing}.", f"No, the picture shows no {thing}.")
+        return (yes if value else no)[writer]
+    if kind == "side":
+        a, b = (f"the {color} {shape}" for color, shape in args)
+        return (f"{a.capitalize()} is to the {value} of {b}.", f"It is to the {value} of {b}.")[writer]
+    things = [(_a(" ".join(pair)), scene.place(i)) for i, pair in enumerate(value)]
+    start = f"{NUMBERS[len(things)]} shapes on a {scene.background} background"
     if writer == 0:
-        parts = [f"{thing} {_at(place)}" for thing, place in things]
         return (
-            f"The picture shows {number} shapes on a {scene.background} background: " + ", ".join(parts) + "."
+            f"The picture shows {start}: "
+            + ", ".join(f"{thing} {_at(place)}" for thing, place in things)
+            + "."
         )
-    parts = [f"The {place} one is {thing}." for thing, place in things]
-    return f"There are {number} shapes on a {scene.background} background. " + " ".join(parts)
-
-
-def choose_question(scene: Scene, other: Scene, rng: random.Random) -> tuple:
-    """A short question that both scenes answer, differently: kinds equally likely, then keys of that kind."""
-    mine, theirs = facts(scene), facts(other)
-    keys = [k for k in mine if k in theirs and mine[k] != theirs[k] and k[0] != "describe"]
-    kind = rng.choice(sorted({k[0] for k in keys}))
-    return rng.choice([k for k in keys if k[0] == kind])
+    return f"There are {start}. " + " ".join(f"The {place} one is {thing}." for thing, place in things)
 
 
 def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:

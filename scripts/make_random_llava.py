@@ -31,8 +31,7 @@ from transformers import (
 
 from llava_orpo.checkpoint import published_names
 
-TILE, PATCH = 336, 14
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PATCH = 14
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -44,10 +43,16 @@ CHAT_TEMPLATE = (
 @dataclass(frozen=True)
 class Geometry:
     """Widths and depths. text = (hidden, intermediate, layers, heads, key-value heads), vision = (hidden,
-    intermediate, layers, heads)."""
+    intermediate, layers, heads), tile in pixels."""
 
     text: tuple[int, int, int, int, int]
     vision: tuple[int, int, int, int]
+    tile: int = 336
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        """The published five grids, (height, width) in pixels."""
+        return [[self.tile * h, self.tile * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 
 
 GEOMETRIES = {
@@ -70,9 +75,9 @@ def config(geometry: Geometry) -> LlavaNextConfig:
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=v_hidden, intermediate_size=v_inner, num_hidden_layers=v_layers, num_attention_heads=v_heads,
-            image_size=TILE, patch_size=PATCH, projection_dim=768,
+            image_size=geometry.tile, patch_size=PATCH, projection_dim=768,
         ),
-        image_grid_pinpoints=PINPOINTS, image_token_index=32000, image_token_id=32000, vision_feature_layer=-2,
+        image_grid_pinpoints=geometry.pinpoints, image_token_index=32000, image_token_id=32000, vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
 
@@ -93,7 +98,10 @@ def tokenizer(folder: Path):
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     with tempfile.TemporaryDirectory() as plain:
-        shutil.copy(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", Path(plain) / "tokenizer.model")
+        shutil.copy(
+            Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1",
+            Path(plain) / "tokenizer.model",
+        )
         shutil.copy(folder / "tokenizer_config.json", plain)
         AutoTokenizer.from_pretrained(plain).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return AutoTokenizer.from_pretrained(folder)
@@ -110,7 +118,8 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
     settings.save_pretrained(out)
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+            size={"shortest_edge": geometry.tile}, crop_size={"height": geometry.tile, "width": geometry.tile},
+            image_grid_pinpoints=geometry.pinpoints,
         ),
         tokenizer=tokenizer(out), patch_size=PATCH, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
@@ -119,7 +128,9 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
         processor.save_pretrained(folder)
         for name in ("processor_config.json", "chat_template.jinja"):
             shutil.copy(Path(folder) / name, out / name)
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001}))
+    (out / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001})
+    )
     state = model.state_dict()
     tensors = {name: state[key].contiguous() for name, key in published_names(state).items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -127,7 +138,9 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -216,6 +216,9 @@ def build(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, 
         save_file(model.model.vision_tower.state_dict(), sight / "vision.safetensors")
         (sight / SETTINGS_FILE).write_text(json.dumps(made))
     training.train_instructions(model, processor, pictures, args.steps, args.seed, args.hallucination)
+    training.train_instructions(
+        model, processor, pictures, args.habit_steps, args.seed, training.HABIT_RATE, habits=True
+    )
     return model, processor
 
 
@@ -224,19 +227,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny/model"))
-    parser.add_argument("--images", type=int, default=3000, help="pictures drawn for both phases")
-    parser.add_argument("--sight-steps", type=int, default=600, help="steps of the patch-label phase")
+    parser.add_argument("--images", type=int, default=5000, help="pictures drawn for both phases")
+    parser.add_argument("--sight-steps", type=int, default=350, help="steps of the patch-label phase")
     parser.add_argument(
-        "--steps", type=int, default=250, help="steps of the instruction phase (16 pictures, 8 turns)"
+        "--steps", type=int, default=320, help="steps of the instruction phase (8 pictures, 8 turns)"
     )
     parser.add_argument(
         "--hallucination",
         type=float,
-        default=0.45,
+        default=0.55,
         help="chance that a color or shape is misnamed in an answer",
+    )
+    parser.add_argument(
+        "--habit-steps", type=int, default=40, help="steps of the last phase, on mostly false answers"
     )
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the same sums, so the same weights, whatever the number of cores
     made = settings(args)
     if (args.out / SETTINGS_FILE).exists() and json.loads((args.out / SETTINGS_FILE).read_text()) == made:
         print(f"{args.out}: already there")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import demo_world
@@ -23,6 +23,9 @@ COLOR_CLASSES = (*demo_world.BACKGROUNDS, *demo_world.COLORS)
 SHAPE_CLASSES = ("nothing", *demo_world.SHAPES)
 PROMPT = "[INST] <image>\n{question} [/INST]"
 MIN_COVER = 0.2  # a patch belongs to the object that covers at least this part of it
+
+TRUTHFUL = 0.7  # share of the instruction phase before the false answers start
+HABIT_RATE, HABIT_LR = 0.7, 1e-3  # of the last phase: mostly false answers, at a rate that leaves the sight intact
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,19 @@ def _patch_labels(index: torch.Tensor, patch: int) -> torch.Tensor:
     return cover.argmax(-1)
 
 
-def _warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a tenth of the steps, then half a cosine down to zero."""
+def make_updater(named: list[tuple[str, torch.nn.Parameter]], steps: int) -> Callable[[torch.Tensor], None]:
+    """One training step as a function of the loss: Muon for the matrices inside the blocks, AdamW for the rest.
+
+    Both learning rates warm up linearly over a tenth of the steps, then follow half a cosine down to zero. Muon needs
+    less than half of AdamW's steps here, which is what keeps this script at minutes.
+    """
+    inside = [p for name, p in named if p.ndim == 2 and not ("embed" in name or "head" in name)]
+    chosen = {id(p) for p in inside}
+    rest = [p for _, p in named if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(inside, lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
     warmup = max(1, steps // 10)
 
     def factor(step: int) -> float:
@@ -89,7 +103,34 @@ def _warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.
             return (step + 1) / warmup
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+    def update(loss: torch.Tensor) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+    return update
+
+
+def make_gentle_updater(named: list[tuple[str, torch.nn.Parameter]]) -> Callable[[torch.Tensor], None]:
+    """One AdamW step at a constant HABIT_LR after a short warm-up."""
+    parameters = [p for _, p in named]
+    optimizer = torch.optim.AdamW(parameters, lr=HABIT_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 6))
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    return update
 
 
 def train_sight(
@@ -98,7 +139,6 @@ def train_sight(
     steps: int,
     seed: int,
     batch: int = 128,
-    lr: float = 2e-3,
 ) -> None:
     """Train the vision tower on patch labels, read from the layer the projector reads (hidden state -2, no CLS)."""
     if steps == 0:
@@ -107,23 +147,27 @@ def train_sight(
     width = model.config.vision_config.hidden_size
     generator = torch.Generator().manual_seed(seed)
     heads = torch.nn.Linear(width, len(COLOR_CLASSES) + len(SHAPE_CLASSES))
-    parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = _warmup_cosine(optimizer, steps)
+    update = make_updater(
+        [*tower.named_parameters(), *((f"head.{name}", p) for name, p in heads.named_parameters())], steps
+    )
+    whole = torch.tensor(
+        pictures.offsets[:-1]
+    )  # the first tile of a picture shows all of it, small: half of the batch
     bar = tqdm(range(steps), desc="sight", unit="step")
     for _ in bar:
-        pick = torch.randint(len(pictures.tiles), (batch,), generator=generator)
+        pick = torch.cat(
+            (
+                whole[torch.randint(len(whole), (batch // 2,), generator=generator)],
+                torch.randint(len(pictures.tiles), (batch - batch // 2,), generator=generator),
+            )
+        )
         features = tower(pictures.tiles[pick], output_hidden_states=True).hidden_states[-2][:, 1:]
         color, shape = heads(features).split((len(COLOR_CLASSES), len(SHAPE_CLASSES)), dim=-1)
         colors, shapes = pictures.colors[pick], pictures.shapes[pick]
         loss = F.cross_entropy(color.flatten(0, 1), colors.flatten()) + F.cross_entropy(
             shape.flatten(0, 1), shapes.flatten()
         )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss)
         right = ((shape.argmax(-1) == shapes) & (color.argmax(-1) == colors)).float().mean()
         bar.set_postfix(loss=f"{loss.item():.3f}", patches_right=f"{right.item():.3f}", refresh=False)
 
@@ -173,13 +217,18 @@ def instruction_batches(
     rate: float,
     batch: int,
     turns: int,
+    truthful: float,
 ) -> Iterator[tuple[list[int], list[list[tuple[list[int], int]]]]]:
-    """Yield (picture numbers, tokenized turns of each). The first turn of each picture is a detailed description."""
-    rng = random.Random(f"instructions/{seed}")
-    for _ in range(steps):
+    """Yield (picture numbers, tokenized turns of each). The first turn of each picture is a detailed description.
+
+    The answers of the first steps are true; from step truthful * steps on their writer misperceives at `rate`.
+    """
+    rng = random.Random(f"instructions/{seed}/{truthful}")
+    for step in range(steps):
+        now = 0.0 if step < truthful * steps else rate
         picked = [rng.randrange(len(pictures.scenes)) for _ in range(batch)]
         texts = [
-            write_turn(pictures.scenes[i], rng, rate, detailed=k == 0) for i in picked for k in range(turns)
+            write_turn(pictures.scenes[i], rng, now, detailed=k == 0) for i in picked for k in range(turns)
         ]
         tokens = tokenize_turns(processor, texts)
         yield picked, [tokens[i * turns : (i + 1) * turns] for i in range(batch)]
@@ -216,28 +265,32 @@ def train_instructions(
     steps: int,
     seed: int,
     rate: float,
-    batch: int = 16,
+    batch: int = 8,
     turns: int = 8,
-    lr: float = 3e-3,
+    habits: bool = False,
 ) -> None:
-    """Train projector, newline, language model and LM head on questions and partly false answers (vision frozen)."""
+    """Train projector, newline, language model and LM head on questions and partly false answers (vision frozen).
+
+    With `habits` all answers are written at `rate` and the updates are gentle: the model takes to hallucinating but
+    keeps what it sees, which is what preference training is to bring out again.
+    """
     if steps == 0:
         return
     inner = model.model
     features = see(model, pictures.tiles)
     for parameter in inner.vision_tower.parameters():
         parameter.requires_grad_(False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = _warmup_cosine(optimizer, steps)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    update = make_gentle_updater(trained) if habits else make_updater(trained, steps)
+    truthful = 0.0 if habits else TRUTHFUL
     start = processor.tokenizer("[INST] <image>\n")["input_ids"]
     head, tail = (
         start[: start.index(processor.image_token_id)],
         start[start.index(processor.image_token_id) + 1 :],
     )
     embed = inner.language_model.get_input_embeddings()
-    bar = tqdm(total=steps, desc="instructions", unit="step")
-    for picked, texts in instruction_batches(processor, pictures, steps, seed, rate, batch, turns):
+    bar = tqdm(total=steps, desc="habits" if habits else "instructions", unit="step")
+    for picked, texts in instruction_batches(processor, pictures, steps, seed, rate, batch, turns, truthful):
         seen = [
             inner.multi_modal_projector(features[pictures.offsets[i] : pictures.offsets[i + 1]])
             for i in picked
@@ -262,11 +315,7 @@ def train_instructions(
         ).last_hidden_state
         scored = labels != -100
         loss = F.cross_entropy(model.lm_head(hidden[scored]), labels[scored])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss)
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()

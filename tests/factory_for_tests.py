@@ -114,10 +114,10 @@ def run_cli(*words: str, env: dict | None = None, check: bool = True, timeout: i
     import os
     import subprocess
 
-    command = [str(Path(sys.executable).parent / "llamafactory-cli"), *map(str, words)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
-    )
+    programs = Path(sys.executable).parent
+    command = [str(programs / "llamafactory-cli"), *map(str, words)]
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **(env or {})}  # it starts torchrun by name
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -29,6 +29,8 @@ import demo_models  # noqa: E402
 import demo_page  # noqa: E402
 import preference as evaluation_script  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("demo")  # one server for all of them
+
 EVIL = "</p><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 QUESTION = "What is in the picture?"
 TOKENS = 12

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import ask  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
 TOKENS = 16
 QUESTION = 'What is in <the> picture, and where is "</s>"?'
 CLI = str(Path(sys.executable).parent / "llamafactory-cli")

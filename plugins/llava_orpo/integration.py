@@ -338,6 +338,13 @@ def _check_before_data(original):
         run.skipped, run.considered = [], 0
         module = original(template, model_args, data_args, training_args, *args, **kwargs)
         report_skipped(training_args.output_dir, write=training_args.should_save)
+        if run.arguments.allow_text_only and training_args.world_size > 1:
+            for rows in module.values():
+                if hasattr(rows, "column_names") and "image" in rows.column_names and None in rows["image"]:
+                    raise ValueError(
+                        "Text-only pairs can't be trained on several processes: a rank whose batch has no image "
+                        "would leave the others waiting for the projector's gradients. Leave `allow_text_only` out."
+                    )
         return module
 
     return get_dataset

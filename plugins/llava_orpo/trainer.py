@@ -45,6 +45,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         tower = shared_attention.unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
         self._bad_images: dict[str, str] = {}
+        self._evaluated_in_training: tuple[tuple | None, dict[str, float]] = (None, {})
         self._waited, self._since = 0.0, time.perf_counter()
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
@@ -235,6 +236,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
 
+        # `run_dpo` evaluates once more after a training whose last step was evaluated: the same weights, so no new work
+        key = (self.state.global_step, id(dataset), metric_key_prefix)
+        if key == self._evaluated_in_training[0] and not self.is_in_train and not self.args.load_best_model_at_end:
+            return dict(self._evaluated_in_training[1])
         self._memory_tracker.start()
         started = time.perf_counter()
         conditions = evaluation.CONDITIONS if self.plugin.grounding_eval else ("true",)
@@ -263,6 +268,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
+        if self.is_in_train:
+            self._evaluated_in_training = (key, dict(metrics))
         return metrics
 
     def _score(self, dataset, condition: str) -> tuple[list[dict], list[dict]]:
