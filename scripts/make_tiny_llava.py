@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=5000, help="pictures drawn for both phases")
     parser.add_argument("--sight-steps", type=int, default=350, help="steps of the patch-label phase")
     parser.add_argument(
-        "--steps", type=int, default=320, help="steps of the instruction phase (8 pictures, 8 turns)"
+        "--steps", type=int, default=300, help="steps of the instruction phase (8 pictures, 8 turns)"
     )
     parser.add_argument(
         "--hallucination",
