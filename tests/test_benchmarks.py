@@ -59,8 +59,8 @@ def test_step(smoke, pairs):
         assert min(side["flops"].values()) > 0 and 0 < side["share_of_gemm_rate"]
     assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5)
     assert 0 < result["largest_relative_gradient_difference"] < 1e-4
-    assert result["ratios"]["lm_tokens"] > 1.5 * pairs**0.5
-    assert result["ratios"]["flops_attention_and_head"] > 2
+    assert result["ratios"]["lm_tokens"] > 1.3
+    assert result["ratios"]["flops_attention_and_head"] > 1.5
     assert 0.3 < sum(result["profile"].values()) <= 1
 
 
