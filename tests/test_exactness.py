@@ -39,7 +39,8 @@ def same_weights(model_a, model_b):
         if "lora_B" in name:
             parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         other[name].data.copy_(parameter.data)
-    assert all(torch.equal(parameter, other[name]) for name, parameter in model_a.named_parameters())
+    for name, parameter in model_a.named_parameters():  # as bytes: packed 4-bit values can look like NaN
+        assert torch.equal(parameter.data.view(torch.uint8), other[name].data.view(torch.uint8)), name
 
 
 def compare(recipe_keys, rows, tmp_path, batches, tolerance=1e-5, plugin_keys=None, double=False):
@@ -106,7 +107,7 @@ def test_one_token_responses_and_text_only(tmp_path):
     rows = photo_rows(3, 1)
     rows[0].update(chosen="a", rejected="the red woman near a small window with light and a dark old table")
     rows[1].update(image=None)
-    compare({**LORA, "cutoff_len": 4096}, rows, tmp_path, [[0, 1, 2], [0, 1]], plugin_keys={"allow_text_only": True})
+    compare({**LORA, "allow_text_only": True}, rows, tmp_path, [[0, 1, 2], [0, 1]])
 
 
 @pytest.mark.parametrize("loss", ["simpo", "sigmoid", "ipo"])
