@@ -74,6 +74,26 @@ def test_four_bit_layers_are_the_language_model_only(tmp_path):
     assert [n for n in quantized(quantize_vision=True) if "vision_tower" in n]
 
 
+def test_four_bit_training_goes_on_after_an_evaluation(tmp_path):
+    """bitsandbytes' CPU inference kernels must not take over: they have no gradient."""
+    from test_exactness import step
+
+    write_rows(tmp_path, photo_rows(2, 1))
+    trainer = build_trainer(tmp_path, {**LORA, "quantization_bit": 4, "eval_dataset": "rows", "eval_strategy": "steps"})
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    features = [trainer.train_dataset[i] for i in (0, 1)]
+    loss, _, gradients = step(trainer, features)
+    trainer.evaluate()
+    loss_after, _, gradients_after = step(trainer, features)
+    assert loss_after == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(gradients_after[name], gradient, rtol=1e-5, atol=1e-8)
+
+
 def test_same_curve_with_and_without_shared_prefix(tmp_path):
     write_rows(tmp_path, photo_rows(12, 1))
     keys = {**LORA, "max_steps": 30, "logging_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 2}

@@ -20,6 +20,7 @@ from . import integration, shared_attention
 from .autoload import PLUGIN_NAME, install
 from .collator import SharedPrefixCollator
 from .shared_prefix import response_logps
+from .trainer import keep_four_bit_trainable
 from .vision_tower import skip_unread_vision_layers
 
 TRAINING_ONLY = (
@@ -132,6 +133,7 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
         model.to(training_args.device)
     backend, _ = shared_attention.choose_backend(training_args.device, arguments.attention_backend)
     shared_attention.enable(model, backend)
+    keep_four_bit_trainable(model)  # the numbers are those of the trainer's own evaluation
     collator = SharedPrefixCollator(
         module["processor"],
         shared_attention.unwrap(model).config.image_token_id,

@@ -27,6 +27,17 @@ from .vision_tower import skip_unread_vision_layers
 logger = logging.get_logger("llamafactory." + __name__)
 
 
+def keep_four_bit_trainable(model) -> None:
+    """Turns off bitsandbytes' inference kernels for AVX512-BF16 CPUs (0.50.2: nn.Linear4bit).
+
+    Their first forward in eval mode repacks the weights for good; training after an evaluation would then run without
+    gradients to what comes before, with no more than a warning. CUDA layers do not have the attribute's effect.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 class SharedPrefixTrainer(CustomDPOTrainer):
     """`CustomDPOTrainer` whose step takes the batches of `SharedPrefixCollator`.
 
@@ -42,6 +53,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
             shared_attention.enable(model, backend)
         logger.info_rank0(f"Shared-prefix attention: {backend} ({reason}).")
+        keep_four_bit_trainable(self.model)
         tower = shared_attention.unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
         self._bad_images: dict[str, str] = {}
