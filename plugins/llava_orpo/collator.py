@@ -74,18 +74,9 @@ class SharedPrefixCollator:
     def _group(self, features: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         if not self.group_by_image:
             return [[row] for row in features]
-        groups: list[list[dict[str, Any]]] = []
-        open_groups: dict[str, list[dict[str, Any]]] = {}
-        for row in features:
-            key = row["image_hash"] if row["image"] is not None else None
-            group = open_groups.get(key) if key else None
-            if group is None or len(group) >= self.max_pairs_per_image:
-                group = []
-                groups.append(group)
-                if key:
-                    open_groups[key] = group
-            group.append(row)
-        return groups
+        keys = [row["image_hash"] if row["image"] is not None else "" for row in features]
+        runs = image_runs(keys, range(len(features)), self.max_pairs_per_image)
+        return [[features[index] for index in run] for run in runs]
 
 
 def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int) -> list[list[int]]:

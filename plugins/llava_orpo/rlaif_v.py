@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from llamafactory.data.converter import DatasetConverter
-from PIL import Image as PILImage
 
 from . import image_store, images, rows
 from .arguments import PluginArguments
@@ -241,11 +239,3 @@ class RlaifVConverter(DatasetConverter):
                 "height": example["_height"],
             },
         }
-
-
-def rgb_png(reference) -> bytes:
-    """The image behind a reference as PNG bytes (for logs and tables; the model reads the original bytes)."""
-    out = io.BytesIO()
-    picture: PILImage.Image = images.decode_rgb(image_store.read(reference))
-    picture.save(out, "PNG")
-    return out.getvalue()
