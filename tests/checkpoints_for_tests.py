@@ -66,12 +66,13 @@ def logits(model) -> torch.Tensor:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All safetensors weights of a folder, by the index."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    """All safetensors weights of a folder: by its index, or of the one file a small model is written as."""
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else None
     tensors = {}
-    for file in sorted(set(index["weight_map"].values())):
+    for file in sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]:
         with safe_open(folder / file, framework="pt") as handle:
             assert handle.metadata() == {"format": "pt"}
             tensors.update({name: handle.get_tensor(name) for name in handle.keys()})
-    assert tensors.keys() == index["weight_map"].keys()
+    assert weight_map is None or tensors.keys() == weight_map.keys()
     return tensors

@@ -84,9 +84,9 @@ def test_moved_base_and_same_shapes(tmp_path, base):
 
     (sibling := tmp_path / "sibling").mkdir()
     shutil.copytree(base, sibling / "llava-tiny")
-    weights = load_file(sibling / "llava-tiny" / "model-00001-of-00001.safetensors")
+    weights = load_file(sibling / "llava-tiny" / "model.safetensors")
     weights["language_model.model.layers.2.self_attn.v_proj.weight"][0, 0] += 1
-    save_file(weights, sibling / "llava-tiny" / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    save_file(weights, sibling / "llava-tiny" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="was trained on .*llava-tiny, not on .*sibling/llava-tiny"):
         check_adapter(adapter, sibling / "llava-tiny")
 
