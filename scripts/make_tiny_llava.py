@@ -23,6 +23,7 @@ import tiny_llava_training as training
 import tokenizers
 import torch
 import transformers
+from llava_orpo.checkpoint import published_name
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -156,20 +157,6 @@ def make_model(tokenizer: LlamaTokenizer) -> LlavaNextForConditionalGeneration:
     return model
 
 
-def published_names(model: LlavaNextForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The weights under the tensor names of the llava-hf checkpoints."""
-    renames = (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.", ""),
-    )
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        old, new = next((old, new) for old, new in renames if name.startswith(old))
-        tensors[new + name.removeprefix(old)] = tensor.contiguous()
-    return tensors
-
-
 def save(
     model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, out: Path, made: dict
 ) -> None:
@@ -181,7 +168,8 @@ def save(
     model.config.save_pretrained(part)
     model.generation_config.save_pretrained(part)
     processor.save_pretrained(part)
-    save_file(published_names(model), part / "model.safetensors", metadata={"format": "pt"})
+    tensors = {published_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     (part / SETTINGS_FILE).write_text(json.dumps(made, indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("outputs/quickstart")
 RECIPE = "recipes/tiny/llava16_orpo_qlora.yaml"
 MODEL, DATA, ADAPTER, MERGED = "outputs/tiny/model", "outputs/tiny/data", "outputs/tiny/orpo_qlora", "outputs/tiny/merged"
-BEFORE, AFTER = "outputs/evals/tiny-before", "outputs/evals/tiny-after"
+BEFORE = "outputs/evals/tiny-before"
 SOURCES = {
     "data": ["scripts/make_demo_data.py", "scripts/demo_world.py"],
     "model": ["scripts/make_tiny_llava.py", "scripts/tiny_llava_training.py", "scripts/demo_world.py"],
@@ -79,18 +79,15 @@ def main() -> None:
     cli = shlex.quote(str(Path(sys.executable).parent / "llamafactory-cli"))
     steps.run("data", "demo world in RLAIF-V's schema", f"{py} scripts/make_demo_data.py --out {DATA}", f"{DATA}/demo_heldout.parquet")
     steps.run("model", "tiny LLaVA-NeXT", f"{py} scripts/make_tiny_llava.py --out {MODEL}", f"{MODEL}/model.safetensors")
-    evaluate = f"{py} evals/preference.py {RECIPE} grounding_eval=true"
-    steps.run("before", "preference accuracy before", f"{evaluate} output_dir={BEFORE} restart=true", f"{BEFORE}/preference_pairs.jsonl")
-    steps.run("train", "ORPO + QLoRA", f"{cli} train {RECIPE}", f"{ADAPTER}/adapter_model.safetensors")
-    steps.run(
-        "after", "preference accuracy after",
-        f"{evaluate} adapter_name_or_path={ADAPTER} output_dir={AFTER} restart=true", f"{AFTER}/preference_pairs.jsonl",
-    )  # fmt: skip
+    evaluate = f"{py} evals/preference.py {RECIPE} grounding_eval=true output_dir={BEFORE} restart=true"
+    steps.run("before", "preference accuracy before", evaluate, f"{BEFORE}/preference_pairs.jsonl")
+    # training ends with the same evaluation, on the same pairs
+    steps.run("train", "ORPO + QLoRA, and preference accuracy after", f"{cli} train {RECIPE}", f"{ADAPTER}/adapter_model.safetensors")
     steps.run("export", "merge and export", f"{cli} export recipes/tiny/llava16_merge.yaml", f"{MERGED}/config.json")
     steps.run("answer", "the merged model in plain transformers", f"{py} scripts/ask.py {MERGED} --row 0 --data {DATA}/demo_heldout.parquet --out {OUT}/answer.json", f"{OUT}/answer.json")
     steps.run("report", "report", f"{py} evals/report.py {ADAPTER} --baseline {BEFORE} --out {OUT}/report.html", f"{OUT}/report.html")
 
-    before, after = accuracies(BEFORE), accuracies(AFTER)
+    before, after = accuracies(BEFORE), accuracies(ADAPTER)
     summary = {
         "accuracy_before": before["metrics"]["preference_accuracy"],
         "accuracy_after": after["metrics"]["preference_accuracy"],

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -29,6 +30,18 @@ def random_model(name: str = "small56") -> Path:
             make_random_llava.write(geometry, out)
             (out / "complete").touch()
     return out
+
+
+def other_model(folder: Path) -> Path:
+    """`random_model()` with the LM head moved on by one: every answer token is the next one of the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in random_model().iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(random_model() / "model.safetensors")
+    head = next(name for name in weights if name.endswith("lm_head.weight"))
+    save_file({**weights, head: weights[head].roll(1, 0)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def photo_rows(images: int, pairs_per_image: int, aspect: str = "small") -> list[dict]:

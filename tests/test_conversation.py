@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llava_orpo.anyres import AnyresGeometry
-from llava_orpo.conversation import CONVERSATIONS, expand_image_token
+from llava_orpo.conversation import CONVERSATIONS, _private_copy, expand_image_token
 from PIL import Image
 from tokenizers_for_tests import chatml, joining_bpe, mistral_v1
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
@@ -152,6 +152,23 @@ def test_a_piece_across_the_end_of_the_prompt_goes_to_the_response():
         and tokenizer.convert_ids_to_tokens(rejected)[0] == "]▁"
     )
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "T"
+
+
+def begins_apart(conversation, tokenizer, answer):
+    private = _private_copy(conversation, tokenizer, len(tokenizer))
+    return private.begins_apart(private.format.render_response(answer))
+
+
+def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():
+    for conversation in (MISTRAL, VICUNA):  # the published checkpoints' pieces
+        assert begins_apart(conversation, mistral_v1(), "The")
+        assert begins_apart(conversation, mistral_v1(legacy=True), "")
+        assert not begins_apart(conversation, joining_bpe(), "The")
+    assert begins_apart(CHATML, joining_bpe(), "The") and not begins_apart(CHATML, joining_bpe(), "\nThe")
+    assert not begins_apart(CHATML, chatml(), "The")  # its newline is a byte: the vocabulary does not tell
+    cased = copy.deepcopy(mistral_v1())
+    cased.add_tokens(["] T"])  # an ordinary added token may stand across the cut
+    assert not begins_apart(MISTRAL, cased, "The")
 
 
 @pytest.mark.parametrize("conversation, tokenizer", cases())

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factory_for_tests import ROOT, photo_rows, random_model, recipe, write_rows
+from factory_for_tests import ROOT, other_model, photo_rows, random_model, recipe, write_rows
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -142,15 +141,7 @@ def test_interrupted_run_resumes(folder, greedy, monkeypatch):
 
 
 def test_several_models_in_one_file(folder, greedy, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in random_model().iterdir():
-        if file.name != "model.safetensors":
-            (other / file.name).write_bytes(file.read_bytes())
-    weights = load_file(random_model() / "model.safetensors")
-    head = next(name for name in weights if name.endswith("lm_head.weight"))
-    weights[head] = weights[head].roll(1, 0)  # every answer token is the next one of the vocabulary
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    other = other_model(tmp_path / "other")
     lines = run(folder, "two", f"models=base,{other}", "max_prompts=2")
     assert [list(line["answers"]) for line in lines] == [["base", "other"]] * 2
     base = {line["pair_id"]: line["answers"]["base"] for line in greedy}

@@ -89,3 +89,27 @@ def test_read_rows():
     assert seen[1] == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 0]]
     moved = packed.to("meta").layout.read
     assert moved.rows.device.type == moved.index.device.type == "meta"
+
+
+def test_sharded_weights_are_gathered_first():
+    """FSDP2 keeps a layer's weights sharded until the layer's own pre-forward; ours has to come after it."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_llava()
+    examples = examples_of(model)
+    enable(model)
+    want, grads = run(model, examples)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model.zero_grad()
+        for layer in model.get_decoder().layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        got, sharded = run(model, examples)
+        assert torch.equal(got, want)
+        for name, gradient in grads.items():
+            torch.testing.assert_close(sharded[name].full_tensor(), gradient, rtol=1e-6, atol=1e-8)
+    finally:
+        dist.destroy_process_group()

@@ -115,4 +115,4 @@ def test_wheel_carries_the_pth(tmp_path):
     subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "llava_orpo_autoload.pth" in names and "llava_orpo/integration.py" in names
+    assert "llava_orpo_autoload.pth" in names and "llava_orpo/integration/__init__.py" in names

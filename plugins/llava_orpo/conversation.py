@@ -6,8 +6,9 @@ text. Two things need care:
 - A literal "<image>" or "</s>" in a question or answer must stay text. Ids are made by a copy of the
   tokenizer in which every special token has a private random name; only the format itself, never a text, uses
   those names.
-- Where the prompt ends and the response begins. Whole strings are tokenized and then cut, never pieces glued,
-  so merges near the cut and the word-start mark a tokenizer puts at the start of a text come out right.
+- Where the prompt ends and the response begins. Prompt and responses are tokenized apart, so the prompt once a pair,
+  only where that provably gives the ids of the whole strings (`_Private.joined_to_the_end`). Elsewhere whole strings are
+  tokenized and then cut.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class Conversation:
         Raises:
             ValueError: as `encode_pairs`.
         """
-        backend, private = _private_copy(self, tokenizer, len(tokenizer))
-        return backend.encode(private.render_prompt(question, has_image, system, history)).ids
+        private = _private_copy(self, tokenizer, len(tokenizer))
+        return private.whole.encode(private.format.render_prompt(question, has_image, system, history)).ids
 
     def encode_pairs(
         self,
@@ -103,14 +104,25 @@ class Conversation:
         Raises:
             ValueError: lengths differ, or the tokenizer does not fit the format.
         """
-        backend, private = _private_copy(self, tokenizer, len(tokenizer))
-        prompts, texts = [], []
-        for question, good, bad, image in zip(questions, chosen, rejected, has_image, strict=True):
-            prompt = private.render_prompt(question, image)
-            prompts.append(prompt)
-            texts += [prompt + private.render_response(good), prompt + private.render_response(bad)]
-        encoded = backend.encode_batch(texts)
-        return [_cut(len(p), a, b) for p, a, b in zip(prompts, encoded[0::2], encoded[1::2], strict=True)]
+        private = _private_copy(self, tokenizer, len(tokenizer))
+        rows = [
+            (private.format.render_prompt(question, image), *map(private.format.render_response, answers))
+            for question, image, *answers in zip(questions, has_image, chosen, rejected, strict=True)
+        ]
+        apart = [private.begins_apart(good) and private.begins_apart(bad) for _, good, bad in rows]
+        out: list = [None] * len(rows)
+
+        once = [i for i, alone in enumerate(apart) if alone]
+        prompts = private.whole.encode_batch([rows[i][0] for i in once])
+        responses = private.response.encode_batch([text for i in once for text in rows[i][1:]], add_special_tokens=False)
+        for i, prompt, good, bad in zip(once, prompts, responses[0::2], responses[1::2], strict=True):
+            out[i] = (prompt.ids, good.ids, bad.ids)
+
+        twice = [i for i, alone in enumerate(apart) if not alone]
+        encoded = private.whole.encode_batch([rows[i][0] + text for i in twice for text in rows[i][1:]])
+        for i, good, bad in zip(twice, encoded[0::2], encoded[1::2], strict=True):
+            out[i] = _cut(len(rows[i][0]), good, bad)
+        return out
 
     def encode_turns(
         self, tokenizer, turns: Sequence[tuple[str, str]], has_image: bool, system: str | None = None
@@ -125,20 +137,21 @@ class Conversation:
         """
         if not turns:
             raise ValueError("a conversation needs at least one turn")
-        backend, private = _private_copy(self, tokenizer, len(tokenizer))
+        private = _private_copy(self, tokenizer, len(tokenizer))
+        format = private.format
         bounds = []  # characters: where each answer starts, where the next prompt starts
         for number, (question, answer) in enumerate(turns):
-            start = len(private.render_prompt(question, has_image, system, turns[:number]))
-            bounds.append((start, start + len(private.response[0] + answer)))
+            start = len(format.render_prompt(question, has_image, system, turns[:number]))
+            bounds.append((start, start + len(format.response[0] + answer)))
         history, (question, answer) = turns[:-1], turns[-1]
-        text = private.render_prompt(question, has_image, system, history) + private.render_response(answer)
-        encoding = backend.encode(text)
+        text = format.render_prompt(question, has_image, system, history) + format.render_response(answer)
+        encoding = private.whole.encode(text)
         out, position = [], 0
         for number, (start, end) in enumerate(bounds):
             cut = _tokens_before(encoding, start)
             last = number == len(bounds) - 1
             stop = len(encoding.ids) if last else _tokens_before(encoding, end)
-            if not last and text.startswith(private.response[1], end):  # the end token belongs to the answer
+            if not last and text.startswith(format.response[1], end):  # the end token belongs to the answer
                 stop += 1
             out.append((encoding.ids[position:cut], encoding.ids[cut:stop]))
             position = stop
@@ -160,12 +173,33 @@ def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -
     return ids[:at] + [image_token_id] * n + ids[at + 1 :]
 
 
+@dataclass(frozen=True)
+class _Private:
+    """A copy of a tokenizer, and of a conversation, with every special token under a private name.
+
+    Attributes:
+        whole: tokenizes what starts with the text's beginning, as the tokenizer itself does.
+        response: tokenizes what follows a prompt: no BOS, no word-start mark added in front.
+        format: the conversation.
+        joined_to_the_end: the characters that some piece of the vocabulary has right after the last character of a
+            prompt; None when the tokenizer does more than this can tell, and nothing may be tokenized apart. BPE
+            joins two characters only in a piece that has them side by side: where none has the two characters at
+            the cut, nothing is joined across it, and both sides come out as they would alone.
+    """
+
+    whole: object
+    response: object
+    format: Conversation
+    joined_to_the_end: frozenset[str] | None
+
+    def begins_apart(self, response: str) -> bool:
+        """Whether a response text may be tokenized without its prompt."""
+        return self.joined_to_the_end is not None and response[0] not in self.joined_to_the_end
+
+
 @functools.lru_cache(maxsize=16)
 def _private_copy(conversation: Conversation, tokenizer, _size: int):
-    """(backend tokenizer, conversation), both with every special token under its private name.
-
-    _size is len(tokenizer): tokens added later make a new copy.
-    """
+    """`_Private` of a tokenizer. _size is len(tokenizer): tokens added later make a new copy."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
@@ -197,7 +231,45 @@ def _private_copy(conversation: Conversation, tokenizer, _size: int):
                 for part in ("system", "user", "answered", "response")
             },
         )
-    return type(tokenizer.backend_tokenizer).from_str(json.dumps(spec)), private
+    build = type(tokenizer.backend_tokenizer).from_str
+    whole, response = build(json.dumps(spec)), build(json.dumps(_without_word_start(spec)))
+    prefix_only = whole.encode("a").ids[-1:] == whole.encode("a", add_special_tokens=False).ids[-1:]
+    joined = _joined_after(spec, (private.user[1] + private.generation)[-1]) if prefix_only else None
+    return _Private(whole, response, private, joined)
+
+
+def _normalizers(spec: dict) -> list[dict]:
+    first = spec["normalizer"]
+    return [] if first is None else first["normalizers"] if first["type"] == "Sequence" else [first]
+
+
+def _without_word_start(spec: dict) -> dict:
+    """A tokenizer's description that puts no word-start mark before the first character."""
+    kept = [part for part in _normalizers(spec) if part["type"] != "Prepend"]
+    spec = {**spec, "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None}
+    if (spec["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        spec["pre_tokenizer"] = {**spec["pre_tokenizer"], "prepend_scheme": "never"}
+    return spec
+
+
+def _joined_after(spec: dict, last: str) -> frozenset[str] | None:
+    """Characters of a text that some piece has right after `last`; None if the vocabulary alone cannot tell."""
+    model, splitter = spec["model"], spec["pre_tokenizer"]
+    space = {"String": " "}
+    plain = (
+        all(n["type"] == "Prepend" or (n["type"], n.get("pattern"), n.get("content")) == ("Replace", space, "▁")
+            for n in _normalizers(spec))
+        and (splitter is None or (splitter["type"], splitter["replacement"]) == ("Metaspace", "▁"))
+        and not any(model.get(k) for k in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"))
+        and not any(piece.startswith("<0x") for merge in model["merges"] for piece in merge)  # bytes of unknown letters
+        and all(token["content"].startswith("\ufdd0") for token in spec["added_tokens"])  # none can occur in a text
+        and not any(token[k] for token in spec["added_tokens"] for k in ("lstrip", "rstrip", "single_word"))
+        and last in model["vocab"]
+    )  # fmt: skip
+    if not plain:
+        return None
+    found = {b for piece in model["vocab"] for a, b in zip(piece, piece[1:]) if a == last}
+    return frozenset(found | {" "} if "▁" in found else found)
 
 
 def _cut(end: int, chosen, rejected) -> tuple[list[int], list[int], list[int]]:

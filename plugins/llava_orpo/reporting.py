@@ -72,3 +72,27 @@ class WandbExamples(TrainerCallback):
                 example["rejected"], margin(example), example["correct"],
             )  # fmt: skip
         wandb.log({"eval/examples": table, "train/global_step": state.global_step})
+
+
+class TrackioAfterTraining(TrainerCallback):
+    """Lets the evaluation after a training reach Trackio, in the run of that training.
+
+    transformers 5.5.4's TrackioCallback ends its run with the training, goes on as if it had not, and LLaMA-Factory's
+    evaluation with the best model would stop with "Call trackio.init() before trackio.log()".
+    """
+
+    def __init__(self, callback):
+        self.callback = callback
+        self.training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def on_train_end(self, args, state, control, **kwargs):  # runs after the callback's own, which ended the run
+        self.training = False
+        self.callback._initialized = False  # it opens the run again, by name, when there is something to log
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not self.training and self.callback._initialized:
+            self.callback.on_train_end(args, state, control)  # waits until everything is stored
+            self.callback._initialized = False

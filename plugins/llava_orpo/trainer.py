@@ -16,11 +16,12 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from peft import PeftModel
+from transformers.integrations import TrackioCallback
 
 from . import evaluation, full_checkpoint, orpo, preference, shared_attention
 from .arguments import PluginArguments
 from .collator import GroupByImageSampler, fill_batches, image_runs
-from .reporting import WandbExamples, write_skipped
+from .reporting import TrackioAfterTraining, WandbExamples, write_skipped
 from .shared_prefix import response_logps
 from .vision_tower import skip_unread_vision_layers
 
@@ -61,6 +62,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self._waited, self._since = 0.0, time.perf_counter()
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
+        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, TrackioCallback)]:
+            self.add_callback(TrackioAfterTraining(callback))
         if self.plugin.group_pairs_by_image:
             self._announce_groups()
 
