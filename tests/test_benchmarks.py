@@ -47,7 +47,6 @@ def has(result: dict, *names: str) -> None:
     assert result["command"].startswith("python") and result["machine"]["cores"] >= 1
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("pairs", [1, 4])
 def test_step(smoke, pairs):
     result = smoke("orpo_step.py", f"step_smoke_{pairs}", "--pairs-per-image", str(pairs))
@@ -64,7 +63,6 @@ def test_step(smoke, pairs):
     assert 0.3 < sum(result["profile"].values()) <= 1
 
 
-@pytest.mark.heavy
 def test_data_side(smoke):
     result = smoke("data_side.py", "data_side")
     has(result, "rows", "parquet_bytes", "sides", "ratios")
@@ -73,7 +71,6 @@ def test_data_side(smoke):
         assert min(side[k] for k in ("rows_per_second", "collate_milliseconds_per_pair", "cache_bytes")) > 0
 
 
-@pytest.mark.heavy
 def test_evaluation(smoke):
     result = smoke("eval_speed.py", "eval_smoke")
     has(result, "pairs", "batch", "sides", "ratios")
@@ -82,7 +79,6 @@ def test_evaluation(smoke):
     assert {"speed", "memory"} == result["ratios"].keys()
 
 
-@pytest.mark.heavy
 def test_peers(smoke):
     has_swift = (ROOT / ".venv-ms-swift" / "bin" / "swift").exists()
     result = smoke("peers.py", "peers_smoke", *([] if has_swift else ["--without-swift"]))
@@ -92,7 +88,6 @@ def test_peers(smoke):
         assert side["seconds_per_step"] > 0 and side["peak_bytes"] > 1e8 and side["whole_run_seconds"] > 0
 
 
-@pytest.mark.heavy
 def test_extrapolation(smoke):
     result = smoke("extrapolate.py", "extrapolation")
     has(result, "assumptions", "rows", "formula_over_counter")

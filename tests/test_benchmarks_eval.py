@@ -96,7 +96,6 @@ def plain_answer(model, processor, row: dict) -> str:
     ).strip()
 
 
-@pytest.mark.heavy
 def test_through_the_real_harness(tmp_path):
     """scripts/benchmarks.sh, environment included: lmms-eval sees the answers that plain transformers gives."""
     model = AutoModelForImageTextToText.from_pretrained(random_model()).eval()

@@ -232,7 +232,6 @@ def unpacked(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
     return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     method, quantize_command, data, tmp_path
@@ -295,7 +294,6 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     assert 0 < relative < 0.35
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_the_aligned_demo_model_loses_at_most_three_points(method, quantize_command, tmp_path):
     if not (TRAINED / "config.json").exists():
