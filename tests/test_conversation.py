@@ -156,7 +156,7 @@ def test_a_piece_across_the_end_of_the_prompt_goes_to_the_response():
 
 def begins_apart(conversation, tokenizer, answer):
     private = _private_copy(conversation, tokenizer, len(tokenizer))
-    return private.begins_apart(private.format.render_response(answer))
+    return private.begins_apart(private.conversation.render_response(answer))
 
 
 def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():

@@ -79,7 +79,7 @@ class Conversation:
             ValueError: as `encode_pairs`.
         """
         private = _private_copy(self, tokenizer, len(tokenizer))
-        return private.whole.encode(private.format.render_prompt(question, has_image, system, history)).ids
+        return private.whole.encode(private.conversation.render_prompt(question, has_image, system, history)).ids
 
     def encode_pairs(
         self,
@@ -106,7 +106,7 @@ class Conversation:
         """
         private = _private_copy(self, tokenizer, len(tokenizer))
         rows = [
-            (private.format.render_prompt(question, image), *map(private.format.render_response, answers))
+            (private.conversation.render_prompt(question, image), *map(private.conversation.render_response, answers))
             for question, image, *answers in zip(questions, has_image, chosen, rejected, strict=True)
         ]
         apart = [private.begins_apart(good) and private.begins_apart(bad) for _, good, bad in rows]
@@ -138,20 +138,20 @@ class Conversation:
         if not turns:
             raise ValueError("a conversation needs at least one turn")
         private = _private_copy(self, tokenizer, len(tokenizer))
-        format = private.format
+        marked = private.conversation
         bounds = []  # characters: where each answer starts, where the next prompt starts
         for number, (question, answer) in enumerate(turns):
-            start = len(format.render_prompt(question, has_image, system, turns[:number]))
-            bounds.append((start, start + len(format.response[0] + answer)))
+            start = len(marked.render_prompt(question, has_image, system, turns[:number]))
+            bounds.append((start, start + len(marked.response[0] + answer)))
         history, (question, answer) = turns[:-1], turns[-1]
-        text = format.render_prompt(question, has_image, system, history) + format.render_response(answer)
+        text = marked.render_prompt(question, has_image, system, history) + marked.render_response(answer)
         encoding = private.whole.encode(text)
         out, position = [], 0
         for number, (start, end) in enumerate(bounds):
             cut = _tokens_before(encoding, start)
             last = number == len(bounds) - 1
             stop = len(encoding.ids) if last else _tokens_before(encoding, end)
-            if not last and text.startswith(format.response[1], end):  # the end token belongs to the answer
+            if not last and text.startswith(marked.response[1], end):  # the end token belongs to the answer
                 stop += 1
             out.append((encoding.ids[position:cut], encoding.ids[cut:stop]))
             position = stop
@@ -180,7 +180,7 @@ class _Private:
     Attributes:
         whole: tokenizes what starts with the text's beginning, as the tokenizer itself does.
         response: tokenizes what follows a prompt: no BOS, no word-start mark added in front.
-        format: the conversation.
+        conversation: the texts around each message.
         joined_to_the_end: the characters that some piece of the vocabulary has right after the last character of a
             prompt; None when the tokenizer does more than this can tell, and nothing may be tokenized apart. BPE
             joins two characters only in a piece that has them side by side: where none has the two characters at
@@ -189,7 +189,7 @@ class _Private:
 
     whole: object
     response: object
-    format: Conversation
+    conversation: Conversation
     joined_to_the_end: frozenset[str] | None
 
     def begins_apart(self, response: str) -> bool:
