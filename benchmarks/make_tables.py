@@ -91,8 +91,8 @@ def targets(results: list[dict]) -> str:
         for name, wanted, value in zip(("speed", "memory", "share of GEMM rate"), asked, found):
             if wanted is not None and value is not None:
                 verdict = "met" if value >= wanted else f"missed by {1 - value / wanted:.1%}"
-                if name == "speed" and value < wanted:  # what equal efficiency on both sides would give
-                    verdict += f"; the limit is the FLOP ratio, {result['ratios']['flops']:.2f}"
+                if name == "speed" and value < wanted:  # what equal efficiency on both sides gives
+                    verdict += f"; the FLOP ratio is {result['ratios']['flops']:.2f}"
                 lines.append([result["geometry"], result["pairs_per_image"], name, wanted, f"{value:.3g}", verdict])
     return measure.table(["model", "pairs/image", "target", "at least", "measured", ""], lines)
 

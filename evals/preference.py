@@ -31,7 +31,9 @@ from tqdm import tqdm
 OWN_KEYS = {"against": None, "restart": False}
 FROM_RECIPE = ("model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len",
                "dataset_filter", "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16",
-               "quantize_vision", "eval_min_subset")  # fmt: skip
+               "quantize_vision", "quantization_type", "quantization_method", "double_quantization", "infer_dtype")  # fmt: skip
+
+ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejected_ids")  # what a score depends on
 
 
 def main(argv: list[str]) -> int:
@@ -116,7 +118,10 @@ def fingerprint(session: Session) -> str:
         root = Path(str(parts[key]))
         if root.is_dir():
             parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.glob("*.safetensors"))]
-    parts["rows"] = hashlib.sha256("\n".join(evaluation.unique_ids(session.rows)).encode()).hexdigest()
+    rows = hashlib.sha256()
+    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), evaluation.unique_ids(session.rows)):
+        rows.update(json.dumps([name, *row.values()]).encode())
+    parts["rows"] = rows.hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

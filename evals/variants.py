@@ -38,9 +38,14 @@ def main(argv: list[str]) -> int:
     if not trained or not own["models"]:
         raise SystemExit("Name the folders: trained=ADAPTER models=FOLDER,FOLDER,…")
     folder = Path(recipe["output_dir"]) if given_output else Path("outputs/evals/variants")
-    forms = {f"{Path(trained).name}, on its {recipe.get('quantization_bit') or 16}-bit base": with_model(recipe, trained)}
-    for model in str(own["models"]).split(","):
-        forms[Path(model).name] = {**with_model(recipe, model), "quantization_bit": None}
+    models = [model.strip().rstrip("/") for model in str(own["models"]).split(",")]
+    names = [Path(path).name for path in (str(trained).rstrip("/"), *models)]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"{', '.join(names)}: every form needs a folder name of its own; rename one.")
+    bits = recipe.get("quantization_bit")
+    forms = {f"{names[0]}, on its {f'{bits}-bit' if bits else 'unquantized'} base": with_model(recipe, trained)}
+    for name, model in zip(names[1:], models, strict=True):
+        forms[name] = {**with_model(recipe, model), "quantization_bit": None}
     rows, pairs = [], []
     for name, form in forms.items():
         place = folder / name.split(",")[0]

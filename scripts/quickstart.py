@@ -82,7 +82,7 @@ def main() -> None:
     evaluate = f"{py} evals/preference.py {RECIPE} grounding_eval=true output_dir={BEFORE} restart=true"
     steps.run("before", "preference accuracy before", evaluate, f"{BEFORE}/preference_pairs.jsonl")
     # training ends with the same evaluation, on the same pairs
-    steps.run("train", "ORPO + QLoRA, and preference accuracy after", f"{cli} train {RECIPE}", f"{ADAPTER}/adapter_model.safetensors")
+    steps.run("train", "ORPO + QLoRA, and preference accuracy after", f"{cli} train {RECIPE} grounding_eval=true", f"{ADAPTER}/adapter_model.safetensors")
     steps.run("export", "merge and export", f"{cli} export recipes/tiny/llava16_merge.yaml", f"{MERGED}/config.json")
     steps.run("answer", "the merged model in plain transformers", f"{py} scripts/ask.py {MERGED} --row 0 --data {DATA}/demo_heldout.parquet --out {OUT}/answer.json", f"{OUT}/answer.json")
     steps.run("report", "report", f"{py} evals/report.py {ADAPTER} --baseline {BEFORE} --out {OUT}/report.html", f"{OUT}/report.html")

@@ -105,8 +105,10 @@ def test_state_dict_and_dtype(tmp_path, model, base):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(torch.bfloat16))
 
 
-def test_merged_lora_gives_the_logits_of_base_plus_adapter(tmp_path, base):
-    model = tiny_llava(seed=5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_merged_lora_gives_the_logits_of_base_plus_adapter(tmp_path, base, dtype, tolerance):
+    """In bf16 merging rounds base + adapter to 8 bits of mantissa: 2 % of the logits' norm, the headline recipe's case."""
+    model = tiny_llava(seed=5).to(dtype)
     settings = LoraConfig(
         r=4, lora_alpha=16, target_modules="all-linear", modules_to_save=["multi_modal_projector"]
     )
@@ -115,12 +117,12 @@ def test_merged_lora_gives_the_logits_of_base_plus_adapter(tmp_path, base):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        plain, want = logits(tiny_llava(seed=5)), logits(adapted)
+        plain, want = logits(tiny_llava(seed=5).to(dtype)), logits(adapted)
     with pytest.raises(CheckpointError, match="merge"):
         save_published(adapted, tmp_path / "out", base)
-    got = logits(load_checked(save_published(adapted.merge_and_unload(), tmp_path / "out", base)))
+    got = logits(load_checked(save_published(adapted.merge_and_unload(), tmp_path / "out", base, dtype=dtype)))
     assert (want - plain).abs().max() > 0.1  # the adapter matters
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert (got - want).norm() <= tolerance * want.norm()
 
 
 def test_tied_lm_head_is_written_once(tmp_path):

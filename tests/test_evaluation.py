@@ -124,6 +124,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(folder, scored, monk
     assert sum(counted) == len(scored)
 
 
+def test_scores_of_other_data_are_not_reused(folder, scored, rows, tmp_path):
+    write_rows(tmp_path, [*rows[:-1], dict(rows[-1], rejected="Something else.")])
+    words = [str(folder / "recipe.yaml"), f"output_dir={tmp_path / 'out'}"]
+    assert script.main(words) == 0
+    assert read(tmp_path / "out" / "preference_pairs.jsonl") == scored
+    assert script.main([*words, f"dataset_dir={tmp_path}"]) == 0
+    again = read(tmp_path / "out" / "preference_pairs.jsonl")
+    assert again[:-1] == scored[:-1] and again[-1]["rejected_logp"] != scored[-1]["rejected_logp"]
+
+
 def test_against_another_model(folder, scored, tmp_path, capsys):
     other_folder = other_model(tmp_path / "other")
     ours = evaluate(folder, "paired", f"against={other_folder}")
@@ -144,7 +154,7 @@ def test_every_form_of_a_model_in_one_table(folder, scored, tmp_path, capsys):
     assert variants.main(words) == 0
     made = json.loads((tmp_path / "forms" / "variants.json").read_text())
     adapter, base, moved = made["forms"]
-    assert adapter["form"] == "adapter, on its 16-bit base" and moved["form"] == "other"
+    assert adapter["form"] == "adapter, on its unquantized base" and moved["form"] == "other"
     assert adapter["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert base["bytes"] == moved["bytes"] == (other / "model.safetensors").stat().st_size
     assert read(tmp_path / "forms" / random_model().name / "preference_pairs.jsonl") == scored
@@ -154,6 +164,8 @@ def test_every_form_of_a_model_in_one_table(folder, scored, tmp_path, capsys):
     page = (tmp_path / "forms" / "variants.md").read_text()
     assert page in capsys.readouterr().out and f"{base['accuracy']:.1%}" in page
     assert page.count("\n| ") == 4
+    with pytest.raises(SystemExit, match="name of its own"):
+        variants.main([*words[:-2], f"models={other},{tmp_path}/elsewhere/other"])
 
 
 @pytest.mark.slow

@@ -294,10 +294,11 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     assert 0 < relative < 0.35
 
 
+@pytest.mark.heavy
+@pytest.mark.xdist_group("quickstart")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_the_aligned_demo_model_loses_at_most_three_points(method, quantize_command, tmp_path):
-    if not (TRAINED / "config.json").exists():
-        pytest.skip("outputs/tiny/merged is made by scripts/quickstart.sh")
+    run("bash", "scripts/quickstart.sh")  # makes outputs/tiny/merged; what is done is reused
     out = tmp_path / method
     run(*quantize_command, "--model", TRAINED, "--method", method, "--data", "demo_train", "--out", out)
     recipe = ["recipes/tiny/llava16_orpo_qlora.yaml", "quantization_bit=null", "grounding_eval=false"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 from pathlib import Path
 
 import bitsandbytes
@@ -19,6 +20,41 @@ LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj
 
 def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def tensorboard_tags(folder: Path) -> set[str]:
+    """Names of all scalars in the event files below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags: set[str] = set()
+    for file in folder.rglob("events.out.tfevents*"):
+        tags |= set(EventAccumulator(str(file)).Reload().Tags()["scalars"])
+    return tags
+
+
+def wandb_history_keys(file: Path) -> set[str]:
+    """Names of everything logged in an offline run's .wandb file (wandb 0.31 has no reader in Python any more).
+
+    The file is a LevelDB log: blocks of 32 KiB of (checksum 4, length 2, type 1, data), after 7 bytes of W&B's own;
+    type 1 is a whole record, 2, 3 and 4 are its first, middle and last part.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts, keys = file.read_bytes(), 7, b"", set()
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left  # too little for a header: padding
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        assert kind in (1, 2, 3, 4), kind
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            history = Record.FromString(parts).history
+            keys |= {item.key or item.nested_key[0] for item in history.item}  # a table has keys of its own below
+            parts = b""
+    return keys
 
 
 def test_photographs_train_at_336_pixels_with_every_log(tmp_path):
@@ -46,18 +82,25 @@ def test_photographs_train_at_336_pixels_with_every_log(tmp_path):
         assert math.isfinite(steps[0][key]), key
     assert steps[0]["loss"] == pytest.approx(steps[0]["sft_loss"] + 0.1 * steps[0]["odds_ratio_loss"], rel=1e-3)
     history = json.loads((out / "preference_eval.json").read_text())["history"]
+    (evaluated,) = [line for line in json.loads((out / "trainer_state.json").read_text())["log_history"]
+                    if line["step"] == 2 and "eval_n" in line]  # fmt: skip
+    for key in ("rewards/chosen", "rewards/margins", "logps/chosen", "odds_ratio_loss", "log_odds", "logps/margin_p50",
+                "ties", "n", "preference_accuracy", "preference_accuracy_low", "preference_accuracy_high",
+                "preference_accuracy_sum", "sft_loss"):  # fmt: skip
+        assert evaluated[f"eval_{key}"] == pytest.approx(history[-1]["metrics"][key], rel=1e-6), key
     assert history[-1]["step"] == 2 and history[-1]["metrics"]["n"] == 6
     assert set(history[-1]["grounding"]) >= {"true", "grey", "other", "true_minus_grey"}
     assert len((out / "preference_pairs.jsonl").read_text().splitlines()) == 6
     for name in ("loss", "odds_ratio_loss", "sft_loss", "learning_rate", "eval_preference_accuracy"):
         assert (out / f"training_{name}.png").stat().st_size > 1000, name
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert run.stat().st_size > 10_000
+    names = {"train/loss", "train/odds_ratio_loss", "train/sft_loss", "eval/preference_accuracy", "eval/sft_loss"}
+    assert wandb_history_keys(run) >= names | {"eval/examples"}
+    assert tensorboard_tags(tmp_path) >= names
     table = json.loads(next(run.parent.rglob("*.table.json")).read_text())
     assert table["columns"][:3] == ["pair_id", "subset", "image"] and len(table["data"]) == 6
     staged = [p for p in (tmp_path / "wandb-data").rglob("*") if p.is_file() and p.read_bytes()[:4] == b"\x89PNG"]
     assert len(staged) >= 6  # the table's pictures, waiting to be synced
-    assert list(out.glob("runs/*/events.out.tfevents*")) or list(tmp_path.rglob("events.out.tfevents*"))
     assert json.loads((out / "trainer_state.json").read_text())["best_metric"] is not None
 
 
@@ -96,7 +139,8 @@ def test_four_bit_training_goes_on_after_an_evaluation(tmp_path):
 
 def test_same_curve_with_and_without_shared_prefix(tmp_path):
     write_rows(tmp_path, photo_rows(12, 1))
-    keys = {**LORA, "max_steps": 30, "logging_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    keys = {**LORA, "max_steps": 30, "logging_steps": 1, "learning_rate": 1e-3,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}  # fmt: skip
     curves = []
     for shared in (True, False):
         out = tmp_path / f"out-{shared}"

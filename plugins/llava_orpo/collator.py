@@ -74,7 +74,8 @@ class SharedPrefixCollator:
     def _group(self, features: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         if not self.group_by_image:
             return [[row] for row in features]
-        keys = [row["image_hash"] if row["image"] is not None else "" for row in features]
+        # the image shown, which for `ScoredRows` with another image is not the row's own
+        keys = [row.get("shown_hash", row["image_hash"]) if row["image"] is not None else "" for row in features]
         runs = image_runs(keys, range(len(features)), self.max_pairs_per_image)
         return [[features[index] for index in run] for run in runs]
 
@@ -101,7 +102,7 @@ def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int
 def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
     """An order of all indices in which consecutive batches of `batch_size` hold whole runs as far as they fit.
 
-    First fit over the runs still open: a run is split only when no waiting run fits the rest of a batch. Every
+    Best fit over the runs still open: a run is split only when no waiting run fits the rest of a batch. Every
     index appears exactly once, so epochs, steps and samples count pairs as without grouping.
     """
     waiting: dict[int, list[list[int]]] = {}
@@ -130,24 +131,30 @@ def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
 class GroupByImageSampler(Sampler[int]):
     """Shuffles pairs, then puts pairs of one image into the same batch of `batch_size` (see `fill_batches`).
 
-    Every pair appears once an epoch; a new order each epoch from `generator` (or the given order, unshuffled).
+    Every pair appears once an epoch. The order depends on seed and epoch alone (or is the given one, unshuffled), so a
+    resumed run goes on where it stopped: accelerate calls `set_epoch`, without it epochs are counted here.
     """
 
-    def __init__(self, image_hashes, batch_size: int, max_pairs: int, shuffle: bool, generator=None):
+    def __init__(self, image_hashes, batch_size: int, max_pairs: int, shuffle: bool, seed: int = 0):
         self.image_hashes = list(image_hashes)
         self.batch_size, self.max_pairs = batch_size, max_pairs
-        self.shuffle, self.generator = shuffle, generator
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.image_hashes)
 
     def __iter__(self) -> Iterator[int]:
         n = len(self.image_hashes)
-        order = torch.randperm(n, generator=self.generator).tolist() if self.shuffle else list(range(n))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
         order = fill_batches(image_runs(self.image_hashes, order, self.max_pairs), self.batch_size)
-        if self.shuffle:  # first fit puts full runs first: shuffle whole batches, keep a short last one last
+        if self.shuffle:  # best fit puts full runs first: shuffle whole batches, keep a short last one last
             full = n // self.batch_size
-            picked = torch.randperm(full, generator=self.generator).tolist()
+            picked = torch.randperm(full, generator=generator).tolist()
             batches = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in picked]
             order = [index for batch in batches for index in batch] + order[full * self.batch_size :]
         return iter(order)

@@ -46,7 +46,8 @@ class ScoredRows(Dataset):
             neighbour = (position + step) % len(self.rows)
             if self.hashes[neighbour] not in (row["image_hash"], ""):
                 donor = self.rows[neighbour]
-                return dict(row, **{key: donor[key] for key in ("image", "num_image_tokens", "width", "height")})
+                shown = {key: donor[key] for key in ("image", "num_image_tokens", "width", "height")}
+                return dict(row, shown_hash=donor["image_hash"], **shown)
         raise ValueError("grounding_eval: the evaluation set has one image only; there is no other image to show.")
 
 

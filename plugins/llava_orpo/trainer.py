@@ -88,14 +88,12 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _get_train_sampler(self, *args, **kwargs):
         if not self.plugin.group_pairs_by_image:
             return super()._get_train_sampler(*args, **kwargs)
-        generator = torch.Generator()
-        generator.manual_seed(self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return GroupByImageSampler(
             self.train_dataset["image_hash"],
             self.args.per_device_train_batch_size,
             self.plugin.max_pairs_per_image,
             shuffle=not self.finetuning_args.disable_shuffling,
-            generator=generator,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
 
     def get_batch_samples(self, *args, **kwargs):

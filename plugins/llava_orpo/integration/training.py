@@ -43,6 +43,8 @@ def check_before_data(original):
         if run.shared_prefix and fallback:
             logger.warning_rank0(f"shared_prefix: falling back to LLaMA-Factory's own step: {fallback}.")
             run.shared_prefix = False
+        if not run.shared_prefix:
+            _announce_stock_evaluation(training_args)
         run.skipped, run.considered = [], 0
         module = original(template, model_args, data_args, training_args, *args, **kwargs)
         report_skipped(training_args.output_dir, write=training_args.should_save)
@@ -68,6 +70,20 @@ def _fallback_reason(config, model_args, run: Run) -> str:
     if run.recipe.get("ld_alpha") is not None:
         return "ld_alpha needs per-token log-probs of the padded batch"
     return ""
+
+
+def _announce_stock_evaluation(training_args) -> None:
+    """LLaMA-Factory's own trainer evaluates in its own way. Raises ValueError if the run waits for a metric of ours."""
+    if "preference_accuracy" in str(training_args.metric_for_best_model):
+        raise ValueError(
+            "metric_for_best_model: preference_accuracy comes from the plugin's evaluation, which needs the shared-prefix "
+            "step. Use metric_for_best_model: rewards/accuracies with shared_prefix: false."
+        )
+    if training_args.do_eval or str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        logger.warning_rank0(
+            "Without the shared-prefix step evaluations are LLaMA-Factory's own: no preference_eval.json. Score the "
+            "result with evals/preference.py, which gives the same numbers as the plugin's evaluation."
+        )
 
 
 def _check_model_folder(model_args) -> None:
