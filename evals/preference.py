@@ -58,7 +58,11 @@ def main(argv: list[str]) -> int:
 def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> list[dict]:
     """Scores the recipe's model on its eval_dataset into `folder`; returns the pairs with their true image."""
     folder.mkdir(parents=True, exist_ok=True)
-    session = open_session(recipe, str(folder))
+    return evaluate_session(open_session(recipe, str(folder)), folder, restart)
+
+
+def evaluate_session(session: Session, folder: Path, restart: bool = False) -> list[dict]:
+    """`evaluate` with a model that is loaded already."""
     conditions = evaluation.CONDITIONS if session.arguments.grounding_eval else ("true",)
     scored = {}
     for condition in conditions:
@@ -76,7 +80,7 @@ def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> lis
     evaluation.write_examples(
         folder, session.rows, scored["true"], session.tokenizer, session.arguments.eval_examples
     )
-    print_summary(model_label(recipe), names, summary, grounding)
+    print_summary(model_label(session.recipe), names, summary, grounding)
     print(f"  {folder}/preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl")
     return evaluation.public(scored["true"])
 

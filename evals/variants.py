@@ -25,7 +25,7 @@ from typing import Any
 import generate
 import preference as evaluate_script
 from llava_orpo import preference
-from llava_orpo.session import open_session, read_recipe, with_model
+from llava_orpo.session import Session, open_session, read_recipe, with_model
 
 OWN_KEYS = {"models": None, "trained": None, "prompt": 0, "max_new_tokens": 64, "restart": False}
 HEAD = ["form", "on disk", "preference accuracy", "against the trained form", "answer"]
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     rows, pairs = [], []
     for name, form in forms.items():
         place = folder / name.split(",")[0]
-        pairs.append(evaluate_script.evaluate(form, place, own["restart"]))
-        answer = one_answer(form, place, own)
-        rows.append(row(name, form, place, preference.compare(pairs[-1], pairs[0]), answer))
+        scored, answer = measure(form, place, own)
+        pairs.append(scored)
+        rows.append(row(name, form, place, preference.compare(scored, pairs[0]), answer))
     command = f"python evals/variants.py {shlex.join(argv)}"
     (folder / "variants.json").write_text(json.dumps({"command": command, "forms": rows}, indent=1, ensure_ascii=False))
     page = table(rows) + f"\n`{command}`\n"
@@ -60,9 +60,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def one_answer(form: dict[str, Any], place: Path, own: dict[str, Any]) -> dict[str, str]:
-    """{"question", "chosen", "answer"} of the asked prompt, greedy."""
+def measure(form: dict[str, Any], place: Path, own: dict[str, Any]) -> tuple[list[dict], dict[str, str]]:
+    """(scored pairs, `one_answer`) of a form, which is loaded once and let go."""
+    place.mkdir(parents=True, exist_ok=True)
     session = open_session(form, str(place))
+    return evaluate_script.evaluate_session(session, place, own["restart"]), one_answer(session, place, own)
+
+
+def one_answer(session: Session, place: Path, own: dict[str, Any]) -> dict[str, str]:
+    """{"question", "chosen", "answer"} of the asked prompt, greedy."""
     positions = generate.unique_prompts(session.rows)
     if not 0 <= own["prompt"] < len(positions):
         raise SystemExit(f"prompt={own['prompt']}: the held-out set has {len(positions)} prompts, counted from 0.")
@@ -76,16 +82,15 @@ def one_answer(form: dict[str, Any], place: Path, own: dict[str, Any]) -> dict[s
 def row(name: str, form: dict[str, Any], place: Path, compared: dict, answer: dict[str, str]) -> dict[str, Any]:
     adapter = form.get("adapter_name_or_path")
     metrics = json.loads((place / "preference_eval.json").read_text())["history"][-1]["metrics"]
-    accuracy = {key: metrics[f"preference_accuracy{key}"] for key in ("", "_low", "_high")}
     return {
         "form": name,
         "path": adapter or form["model_name_or_path"],
         "bytes": weight_bytes(Path(adapter or form["model_name_or_path"])),
         "n": metrics["n"],
-        "accuracy": accuracy[""], "accuracy_low": accuracy["_low"], "accuracy_high": accuracy["_high"],
+        **{f"accuracy{bound}": metrics[f"preference_accuracy{bound}"] for bound in ("", "_low", "_high")},
         **{key: compared[key] for key in ("difference", "difference_low", "difference_high", "mcnemar_p")},
         **answer,
-    }  # fmt: skip
+    }
 
 
 def weight_bytes(folder: Path) -> int | None:

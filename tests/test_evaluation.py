@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory_for_tests import ROOT, other_model, photo_rows, random_model, recipe, run_cli, write_recipe, write_rows
+from factory_for_tests import ROOT, other_model, photo_rows, random_model, run_cli, write_recipe, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 from serving_for_tests import random_adapter
@@ -39,8 +39,7 @@ def rows():
 def folder(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("evaluation")
     write_rows(folder, rows)
-    settings = recipe(folder, {"eval_dataset": "rows", "allow_text_only": True})
-    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    write_recipe(folder, {"eval_dataset": "rows", "allow_text_only": True})
     return folder
 
 

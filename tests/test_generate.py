@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factory_for_tests import ROOT, other_model, photo_rows, random_model, recipe, write_rows
+from factory_for_tests import ROOT, other_model, photo_rows, random_model, write_recipe, write_rows
 from PIL import Image
 from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -40,8 +40,7 @@ def rows():
 def folder(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("generate")
     write_rows(folder, rows)
-    settings = recipe(folder, {"eval_dataset": "rows", "allow_text_only": True})
-    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    write_recipe(folder, {"eval_dataset": "rows", "allow_text_only": True})
     return folder
 
 
@@ -166,7 +165,7 @@ def test_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     middle = len(data) // 2
     made[1]["image"] = {"bytes": data[:middle] + bytes(64) + data[middle + 64 :], "path": None}
     write_rows(tmp_path, made)
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tmp_path, {"eval_dataset": "rows"})))
+    write_recipe(tmp_path, {"eval_dataset": "rows"})
     assert len(run(tmp_path, "out")) == 1
     assert "left out rows 1-" in capsys.readouterr().err
 
