@@ -8,7 +8,8 @@ import importlib.util
 import os
 import sys
 
-LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
+NVML = ("libnvidia-ml.so.1", "nvml.dll")
+CUDA = ("libcuda.so.1", "nvcuda.dll")
 BF16_SINCE = (8, 0)  # Ampere
 NO_DEVICE = ("", "-1", "NoDevFiles")
 # Builds and back ends of torch whose devices NVML does not know.
@@ -26,14 +27,17 @@ def only_nvidia() -> bool:
     return not other and not any(importlib.util.find_spec(name) for name in OTHER_BACKENDS)
 
 
-def compute_capabilities() -> list[tuple[int, int]]:
-    """(major, minor) of every NVIDIA GPU that this process may use; [] without a GPU or without its driver."""
+def compute_capabilities() -> list[tuple[int, int]] | None:
+    """(major, minor) of every NVIDIA GPU that this process may use, [] if there is none.
+
+    None means that this cannot be said: there is a CUDA driver, but NVML does not answer (a container may lack it).
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in NO_DEVICE:
         return []
-    nvml = _library()
+    nvml = _library(NVML)
     if nvml is None or nvml.nvmlInit_v2() != 0:
-        return []
+        return None if _library(CUDA) else []
     try:
         found = _capabilities(nvml)
     finally:
@@ -44,8 +48,8 @@ def compute_capabilities() -> list[tuple[int, int]]:
     return [found[i] for i in chosen if i < len(found)] if chosen and len(chosen) == len(words) else found
 
 
-def _library() -> ctypes.CDLL | None:
-    for name in LIBRARIES:
+def _library(names: tuple[str, ...]) -> ctypes.CDLL | None:
+    for name in names:
         try:
             return ctypes.CDLL(name)
         except OSError:

@@ -139,6 +139,8 @@ def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
     if recipe[key] is not True or recipe.get("use_cpu") is True or not accelerator.only_nvidia():
         return []
     capabilities = accelerator.compute_capabilities()
+    if capabilities is None:
+        return []
     if not capabilities:
         return [f"{key}: true needs a GPU, and this machine has none; set `{key}: false`."]
     oldest = min(capabilities)

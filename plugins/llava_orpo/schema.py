@@ -151,6 +151,7 @@ def _templates() -> list[str]:
 
     # Registers the plugin's. As a command line, because a recipe is read with the schema that is being made.
     get_infer_args(["--plugins", PLUGIN_NAME, "--model_name_or_path", "any"])
+    get_infer_args(["--model_name_or_path", "any"])  # a recipe without the plugin puts everything else back
     return sorted(TEMPLATES)
 
 
