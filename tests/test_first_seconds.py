@@ -81,10 +81,12 @@ REFUSED = [
     ("train goood.yaml", ["There is no recipe goood.yaml; did you mean good.yaml?"]),
     ("train recipe.txt", ["recipe.txt is not a recipe: its name must end in .yaml or .yml."]),
     ("train empty", ["empty is not a recipe: its name must end in .yaml or .yml."]),
-    ("train broken.yaml", ["broken.yaml, line 3: mapping values are not allowed here."]),
+    ("train broken.yaml", ["broken.yaml, line 3: mapping values are not allowed in this context."]),
     ("train twice.yaml", ["twice.yaml, line 3: found duplicate key seed."]),
     ("train list.yaml", ["list.yaml is not a recipe: it must be a mapping, one `key: value` per line."]),
     ("train", ["`train` needs a recipe: llamafactory-cli train recipe.yaml key=value …"]),
+    ("train good.yaml seed={", [
+        "seed={ cannot be read: the value is neither a word nor YAML; quote it."]),
     # keys
     ("train good.yaml learning_rat=1", ["Unknown key `learning_rat` (did you mean `learning_rate`?)."]),
     ("train good.yaml shared_prefx=true", ["Unknown key `shared_prefx` (did you mean `shared_prefix`?)."]),
@@ -138,8 +140,8 @@ REFUSED = [
     ("train good.yaml fp16=true", ["fp16: true needs a GPU, and this machine has none; set `fp16: false`."]),
     # all at once
     ("train good.yaml learning_rat=1 dataset=row seed=x", [
-        "seed: 'x' is not allowed; it must be a whole number.",
         "Unknown key `learning_rat` (did you mean `learning_rate`?).",
+        "seed: 'x' is not allowed; it must be a whole number.",
         "dataset: row is not registered in data/dataset_info.json; did you mean `rows`?"]),
 ]  # fmt: skip
 

@@ -48,22 +48,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises UsageError, in one line, if there is no such file, if it is not YAML or not a mapping of keys, and for an
     override that cannot be read.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     path = Path(path)
     _refuse_missing(path)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(list(overrides)))
-        keys_of_file = OmegaConf.to_container(merged)
+        read = OmegaConf.load(path)
+        if not isinstance(read, DictConfig):
+            raise UsageError(f"{path} is not a recipe: it must be a mapping, one `key: value` per line.")
+        return OmegaConf.to_container(OmegaConf.merge(read, _read_overrides(overrides)))
     except YAMLError as error:
         raise UsageError(_yaml_problem(path, error)) from None
     except (OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {_first_line(error)}.") from None
-    if not isinstance(keys_of_file, dict):
-        raise UsageError(f"{path} is not a recipe: it must be a mapping, one `key: value` per line.")
-    return keys_of_file
 
 
 def as_meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,9 +177,9 @@ def _refuse_missing(path: Path) -> None:
         return
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the recipe in it.")
-    others = [str(other) for other in path.parent.glob("*") if other.suffix in SUFFIXES] if path.parent.is_dir() else []
-    near = keys.nearest(str(path), others)
-    raise UsageError(f"There is no recipe {path}" + (f"; did you mean {near}?" if near else "."))
+    others = {other.stem: other for other in path.parent.glob("*") if other.suffix in SUFFIXES}
+    near = keys.nearest(path.stem, others)
+    raise UsageError(f"There is no recipe {path}" + (f"; did you mean {others[near]}?" if near else "."))
 
 
 def _yaml_problem(path: Path, error: Exception) -> str:
@@ -193,17 +192,29 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _load_own(path: Path, overrides: list[str]) -> dict[str, Any]:
+def _read_overrides(words: Sequence[str]) -> Any:
+    """The OmegaConf mapping of `key=value` words. Raises UsageError naming each word that cannot be read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    unreadable = []
+    for word in words:
+        try:
+            OmegaConf.from_cli([word])
+        except (OmegaConfBaseException, YAMLError):
+            unreadable.append(f"{word} cannot be read: the value is neither a word nor YAML; quote it.")
+    if unreadable:
+        raise UsageError(*unreadable)
+    return OmegaConf.from_cli(list(words))
+
+
+def _load_own(path: Path, overrides: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
     if not path.exists():
         raise UsageError(f"There is no {path}.")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_cli(overrides))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UsageError(f"The command line cannot be read: {_first_line(error)}.") from None
+    return OmegaConf.to_container(_read_overrides(overrides))
 
 
 def _own_schema(default: Any) -> dict[str, Any]:
