@@ -1,11 +1,10 @@
 """Writes recipes/schema.json and docs/keys.md again, after a change of the plugin's keys or of LLaMA-Factory's version.
 
-    python scripts/make_schema.py
+python scripts/make_schema.py
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from llava_orpo import recipe

@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
 
 def run(words: list, folder: Path, **environment: str) -> Ended:
-    """Runs `words` in `folder`, without a GPU; `cpu` are the user and system seconds of the process and its children."""
+    """Runs `words` in `folder`, without a GPU; `cpu` is the user and system time of the process tree."""
     child = subprocess.Popen(
         [str(word) for word in words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
@@ -95,11 +95,13 @@ REFUSED = [
     ("train good.yaml plugins=lava_orpo", [
         "plugins: 'lava_orpo' is not allowed; did you mean `plugins: llava_orpo`? It must be llava_orpo."]),
     ("train plugin.yaml", ["Unknown key `plugin` (did you mean `plugins`?)."]),
-    ("chat chat.yaml learning_rate=1", ["`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."]),
+    ("chat chat.yaml learning_rate=1", [
+        "`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."]),
     ("export chat.yaml", ["export_dir is missing."]),
     # values
     ("train good.yaml grounding_eval=flase", ["grounding_eval: 'flase' is not allowed; it must be true or false."]),
-    ("train good.yaml eval_examples=many", ["eval_examples: 'many' is not allowed; it must be a whole number, 0 or more."]),
+    ("train good.yaml eval_examples=many", [
+        "eval_examples: 'many' is not allowed; it must be a whole number, 0 or more."]),
     ("train good.yaml max_pairs_per_image=2.5", [
         "max_pairs_per_image: 2.5 is not allowed; it must be a whole number, 1 or more."]),
     ("train good.yaml eval_min_subset=-3", [
@@ -359,5 +361,5 @@ def test_an_error_is_a_value_error_with_its_exit_code():
 def test_llamafactorys_own_refusal_is_one_line(place):
     """`val_size` beside `eval_dataset` passes the early check and is refused by DataArguments itself."""
     ended = run([CLI, "train", "good.yaml", "val_size=0.1", "use_cpu=true"], place, DISABLE_VERSION_CHECK="1")
-    assert ended.code == 1 and ended.err.splitlines()[-1] == "error: Cannot specify `val_size` if `eval_dataset` is not None."
-    assert "Traceback" not in ended.err
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert ended.err.splitlines()[-1] == "error: Cannot specify `val_size` if `eval_dataset` is not None."

@@ -89,7 +89,8 @@ WRONG = [
     ("verify_images", False, "verify_images: false is not allowed; it must be header or full."),
     (
         "attention_backend", "flx",
-        "attention_backend: 'flx' is not allowed; did you mean `attention_backend: flex`? It must be auto, sdpa or flex.",
+        "attention_backend: 'flx' is not allowed; did you mean `attention_backend: flex`? "
+        "It must be auto, sdpa or flex.",
     ),
     ("plugins", "lava_orpo", "did you mean `plugins: llava_orpo`?"),
     ("dataset_filter", "not json", "dataset_filter: 'not json' is neither a YAML mapping nor JSON"),
@@ -105,7 +106,7 @@ def test_a_wrong_value_is_refused_in_one_line(key, value, line):
     assert line in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("key, value, line", [case for case in WRONG if case[0] in PLUGIN_KEYS and "dataset_filter" != case[0]])
+@pytest.mark.parametrize("key, value, line", [case for case in WRONG if case[0] in {*PLUGIN_KEYS} - {"dataset_filter"}])
 def test_schema_and_dataclass_refuse_with_the_same_words(key, value, line):
     assert line in keys.problem(key, value, keys.known()[key])
 
@@ -128,8 +129,8 @@ def test_unknown_keys_are_refused_together():
 
 
 def test_plain_command_line_reads_the_same_class():
-    words = ["--shared_prefix", "false", "--anyres_max_tiles", "3", "--heldout_fraction", "0.1", "--plugins", "llava_orpo",
-             "--verify_images", "full", "--dataset_filter", '{"a": 1}']  # fmt: skip
+    line = "--plugins llava_orpo --shared_prefix false --anyres_max_tiles 3 --heldout_fraction 0.1 --verify_images full"
+    words = [*line.split(), "--dataset_filter", '{"a": 1}']
     (read,) = HfArgumentParser(PluginArguments).parse_args_into_dataclasses(words)
     assert read == PluginArguments(
         shared_prefix=False, anyres_max_tiles=3, heldout_fraction=0.1, verify_images="full", dataset_filter={"a": 1}
@@ -138,7 +139,10 @@ def test_plain_command_line_reads_the_same_class():
         HfArgumentParser(PluginArguments).parse_args_into_dataclasses(["--max_pairs_per_image", "0"])
 
 
-@pytest.mark.parametrize("module", ["", ".arguments", ".keys", ".errors", ".recipe", ".precheck", ".accelerator", ".schema"])
+PURE = ["", ".accelerator", ".arguments", ".errors", ".keys", ".precheck", ".recipe", ".schema"]
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_importing_a_pure_module_has_no_side_effect(module):
     code = (
         "import os, sys; sys.meta_path[:] = [f for f in sys.meta_path if 'llava_orpo' not in type(f).__module__]\n"

@@ -69,7 +69,11 @@ def test_command_line_without_a_recipe():
 
 @pytest.mark.parametrize(
     "key, near",
-    [("shared_prefx", "shared_prefix"), ("learning_rat", "learning_rate"), ("group_pairs_by_images", "group_pairs_by_image")],
+    [
+        ("shared_prefx", "shared_prefix"),
+        ("learning_rat", "learning_rate"),
+        ("group_pairs_by_images", "group_pairs_by_image"),
+    ],
 )
 def test_misspelt_key_names_the_nearest(tmp_path, key, near):
     with pytest.raises(UserError, match=rf"`{key}` \(did you mean `{near}`\?\)"):

@@ -215,7 +215,8 @@ def test_a_command_ends_with_a_code_and_a_line(place, line, code, text):
     printed = ended.stdout + ended.stderr
     assert text in printed if text == "Traceback" else printed == text
     if code and "fail=bug" not in line and "code=" not in line:
-        debug = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "LLAVA_ORPO_DEBUG": "1"}, check=False)
+        environment = {**os.environ, "LLAVA_ORPO_DEBUG": "1"}
+        debug = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
         assert "Traceback" in debug.stderr
 
 

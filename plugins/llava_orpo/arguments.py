@@ -147,9 +147,7 @@ class PluginArguments:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as err:
-                raise ValueError(
-                    f"dataset_filter: {value!r} is neither a YAML mapping nor JSON ({err})."
-                ) from None
+                raise ValueError(f"dataset_filter: {value!r} is neither a YAML mapping nor JSON ({err}).") from None
         if value is not None and not isinstance(value, dict):
             raise ValueError("dataset_filter must map columns to values, e.g. {origin_dataset: COCO}.")
         return value

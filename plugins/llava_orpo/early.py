@@ -85,4 +85,3 @@ def _refuse_misspelt_plugins(given: dict) -> None:
     for key, value in given.items():
         if value == PLUGIN_NAME and key not in keys.known():  # LLaMA-Factory would refuse the key, seconds later
             raise UsageError(f"Unknown key `{key}` (did you mean `plugins`?).")
-

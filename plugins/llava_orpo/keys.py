@@ -20,8 +20,11 @@ TYPE_WORDS = {
     "array": "a list", "object": "a mapping", "null": "null",
 }  # fmt: skip
 RANGE_WORDS = {
-    "minimum": "{} or more", "exclusiveMinimum": "more than {}", "maximum": "{} at most", "exclusiveMaximum": "less than {}",
-}  # fmt: skip
+    "minimum": "{} or more",
+    "exclusiveMinimum": "more than {}",
+    "maximum": "{} at most",
+    "exclusiveMaximum": "less than {}",
+}
 # What YAML 1.1 reads as a truth value although it may be meant as a word.
 TRUTH_WORDS = {True: ("yes", "on", "true", "y"), False: ("no", "off", "false", "n")}
 SHOWN_CHOICES = 16  # a longer list of choices hides the one that was meant

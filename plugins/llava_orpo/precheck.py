@@ -44,8 +44,10 @@ def problems(
 
 def looks_local(name: str) -> bool:
     """Whether a model's name is meant as a folder of this machine rather than as the id of a Hub repository."""
+    if name.startswith((".", "~", os.sep)):
+        return True
     first, *rest = Path(name).parts or ("",)
-    return len(rest) > 1 or name.startswith((".", "~", os.sep)) or (bool(rest) and (first == OUTPUTS or Path(first).is_dir()))
+    return len(rest) > 1 or (len(rest) == 1 and (first == OUTPUTS or Path(first).is_dir()))
 
 
 def _key_problems(recipe: Mapping[str, Any], command: str, also_known: Collection[str]) -> list[str]:

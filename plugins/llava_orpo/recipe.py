@@ -30,7 +30,7 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command was asked for: `recipe` (every recipe key), `own` (the command's keys) and `file` (its first word)."""
+    """What a command was asked for: the keys of the `recipe`, the command's `own` keys, and its first word, `file`."""
 
     recipe: dict[str, Any]
     own: dict[str, Any]

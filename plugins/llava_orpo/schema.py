@@ -39,16 +39,22 @@ RANGES = {
 ALSO_TAKES = {"resume_from_checkpoint": ["boolean"], "fsdp": ["boolean"], "interleave_probs": ["array"]}
 # What ModelArguments refuses to be made without.
 NEEDED = {"ModelArguments": {"model_name_or_path": "any"}}
+KEYS_HEAD = f"""# The keys of the plugin
+
+A recipe takes these keys beside LLaMA-Factory's own once it says `plugins: {PLUGIN_NAME}`. Every key of both, with its
+type, default and description, is in [`recipes/schema.json`](../recipes/schema.json), which editors with a YAML language
+server read to complete and check a recipe. `python scripts/make_schema.py` generates the schema and this page.
+
+| key | value | default | meaning |
+|---|---|---|---|"""
 
 
 def make() -> dict[str, Any]:
     """The JSON Schema of a recipe with the plugin. Imports LLaMA-Factory, which takes about 15 seconds."""
-    from llamafactory.hparams import DataArguments, FinetuningArguments, GeneratingArguments, ModelArguments
-    from llamafactory.hparams import TrainingArguments
+    from llamafactory.hparams.parser import _TRAIN_ARGS
 
     properties = {}
-    for owner in (arguments.PluginArguments, ModelArguments, DataArguments, TrainingArguments, FinetuningArguments,
-                  GeneratingArguments):  # fmt: skip
+    for owner in (arguments.PluginArguments, *_TRAIN_ARGS):
         hints = typing.get_type_hints(owner)
         listed = _keys_taken_as_list(owner)
         for field in dataclasses.fields(owner):
@@ -69,7 +75,8 @@ def make() -> dict[str, Any]:
 def text() -> str:
     """recipes/schema.json as it is committed: one key per line, so that a change of one key is a change of one line."""
     whole = make()
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in whole["properties"].items()]
+    properties = whole["properties"]
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in properties.items()]
     head = json.dumps({**whole, "properties": 0}, indent=1, ensure_ascii=False)
     return head.replace('"properties": 0', '"properties": {\n' + ",\n".join(lines) + "\n }") + "\n"
 
@@ -79,17 +86,10 @@ def keys_page() -> str:
     rows = []
     for field in dataclasses.fields(arguments.PluginArguments):
         words = keys.allowed(arguments.key_schemas()[field.name])
-        cells = (f"`{field.name}`", words, f"`{keys.shown(field.default)}`", field.metadata["help"])
+        default = field.default if isinstance(field.default, str) else keys.shown(field.default)
+        cells = (f"`{field.name}`", words, f"`{default}`", field.metadata["help"])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return f"""# The keys of the plugin
-
-A recipe takes these keys beside LLaMA-Factory's own once it says `plugins: {PLUGIN_NAME}`. Every key of both, with type,
-default and description, is in [`recipes/schema.json`](../recipes/schema.json), which editors with a YAML language server
-read to complete and check a recipe. `python scripts/make_schema.py` generates the schema and this page.
-
-| key | value | default | meaning |
-|---|---|---|---|
-""" + "\n".join(rows) + "\n"
+    return "\n".join([KEYS_HEAD, *rows, ""])
 
 
 def write(root: Path) -> list[Path]:
@@ -137,7 +137,7 @@ def _keys_taken_as_list(owner: type) -> set[str]:
     def made(key: str, value: Any) -> Any:
         try:
             return getattr(owner(**NEEDED.get(owner.__name__, {}) | {key: value}), key)
-        except Exception:  # noqa: BLE001  any refusal means that the value is not taken
+        except Exception:  # any refusal means that the value is not taken
             return None
 
     names = [field.name for field in dataclasses.fields(owner) if field.init and "str" in str(field.type)]
