@@ -55,7 +55,10 @@ def place(tmp_path_factory):
         "good.yaml": yaml.safe_dump(RECIPE),
         "chat.yaml": yaml.safe_dump({"plugins": "llava_orpo", "model_name_or_path": "./model"}),
         "no_eval.yaml": yaml.safe_dump({**RECIPE, "eval_strategy": "no"}).replace("'no'", "no"),
-        "plain.yaml": yaml.safe_dump({"model_name_or_path": "./nothing", "shared_prefx": 1}),
+        "plain.yaml": yaml.safe_dump({"model_name_or_path": "./nothing", "learning_rat": 1}),
+        "forgotten.yaml": yaml.safe_dump(
+            {key: RECIPE[key] for key in RECIPE if key != "plugins"} | {"shared_prefix": True}
+        ),
         "plugin.yaml": "plugin: llava_orpo\n",
         "broken.yaml": "plugins: llava_orpo\nstage: dpo\n  do_train: [true\n",
         "twice.yaml": "plugins: llava_orpo\nseed: 1\nseed: 2\n",
@@ -95,6 +98,7 @@ REFUSED = [
     ("train good.yaml plugins=lava_orpo", [
         "plugins: 'lava_orpo' is not allowed; did you mean `plugins: llava_orpo`? It must be llava_orpo."]),
     ("train plugin.yaml", ["Unknown key `plugin` (did you mean `plugins`?)."]),
+    ("train forgotten.yaml", ["`shared_prefix` is a key of the plugin: add `plugins: llava_orpo` to the recipe."]),
     ("chat chat.yaml learning_rate=1", [
         "`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."]),
     ("export chat.yaml", ["export_dir is missing."]),
@@ -216,6 +220,7 @@ def test_unknown_keys_pass_where_llamafactory_takes_them(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
     assert early.check("train", ["good.yaml", "learning_rat=1"])
+    assert not early.check("train", ["forgotten.yaml"])
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ def test_what_is_wrong_is_said_in_a_line_each(line, problems):
     assert list(refused.value.args) == problems
 
 
+def test_paths():
+    own_keys = {"out": Path("report.html"), "examples": Path}
+    assert recipe.read_command(DOC, ["r.yaml"], own_keys).own == {"out": Path("report.html"), "examples": None}
+    command = recipe.read_command(DOC, ["r.yaml", "examples=a.parquet", "out=7"], own_keys)
+    assert command.own == {"out": Path("7"), "examples": Path("a.parquet")}
+
+
 def test_only_the_files_a_command_reads_must_exist():
     read("r.yaml")
     with pytest.raises(UsageError, match="dataset: nowhere is not registered"):

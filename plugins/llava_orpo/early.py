@@ -19,6 +19,7 @@ PURPOSES = {
     "webchat": "talk to a model in the browser",
     "api": "serve a model through an OpenAI-compatible API",
 }
+PLUGIN_KEYS = "PluginArguments"  # the class of the plugin's keys in the schema
 JSON_SUFFIX = ".json"  # read by LLaMA-Factory as well; nothing is checked there
 
 
@@ -55,7 +56,7 @@ def check(command: str, words: Sequence[str]) -> bool:
         raise UsageError(f"{first} is not a recipe: its name must end in {' or '.join(recipe.SUFFIXES)}.")
     keys_given = recipe.load(first, overrides)
     if not names_a_plugin(keys_given):
-        _refuse_misspelt_plugins(keys_given)
+        _refuse_a_forgotten_plugin(keys_given)
         return False
     meant = recipe.as_meant(keys_given)
     problems = recipe.check_overrides(overrides)
@@ -68,7 +69,7 @@ def check(command: str, words: Sequence[str]) -> bool:
 
 def usage(command: str) -> str:
     """The help of one command, on one page."""
-    ours = ", ".join(key for key, schema in keys.known().items() if schema["$comment"] == "PluginArguments")
+    ours = ", ".join(key for key, schema in keys.known().items() if schema["$comment"] == PLUGIN_KEYS)
     return f"""usage: llamafactory-cli {command} recipe.yaml [key=value …]
 
 To {PURPOSES[command]}. Every key of the recipe can be given or changed behind it: learning_rate=1e-5
@@ -81,7 +82,12 @@ The recipes in recipes/ say what they need, what they write and what comes next.
 LLAVA_ORPO_DEBUG=1 shows the traceback of every error."""
 
 
-def _refuse_misspelt_plugins(given: dict) -> None:
+def _refuse_a_forgotten_plugin(given: dict) -> None:
+    """Refuses what LLaMA-Factory would refuse later: `plugins` misspelt, or forgotten beside the plugin's keys."""
+    if precheck.extra_keys_are_allowed():
+        return
     for key, value in given.items():
-        if value == PLUGIN_NAME and key not in keys.known():  # LLaMA-Factory would refuse the key, seconds later
+        if value == PLUGIN_NAME and key not in keys.known():
             raise UsageError(f"Unknown key `{key}` (did you mean `plugins`?).")
+        if keys.known().get(key, {}).get("$comment") == PLUGIN_KEYS and key != "plugins":
+            raise UsageError(f"`{key}` is a key of the plugin: add `plugins: {PLUGIN_NAME}` to the recipe.")

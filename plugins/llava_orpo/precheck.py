@@ -60,12 +60,12 @@ def _key_problems(recipe: Mapping[str, Any], command: str, also_known: Collectio
             found.append(keys.problem(key, value, known[key]))
         elif key in keys.known():
             found.append(f"`{key}` is a key of `llamafactory-cli train`; `{command}` does not take it.")
-        elif not _extra_keys_are_allowed():
+        elif not extra_keys_are_allowed():
             found.append(keys.unknown(str(key), {*known, *also_known}))
     return [sentence for sentence in found if sentence]
 
 
-def _extra_keys_are_allowed() -> bool:
+def extra_keys_are_allowed() -> bool:
     """LLaMA-Factory's own switches under which it takes keys that the schema does not know."""
     return any(os.environ.get(name, "0").lower() in ("true", "y", "1") for name in ("ALLOW_EXTRA_ARGS", "USE_MCA"))
 

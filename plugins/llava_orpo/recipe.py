@@ -25,7 +25,9 @@ MODEL_AND_PAIRS = ("model_name_or_path", "adapter_name_or_path", "eval_dataset",
 FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 THE_FILE = ""  # in a table of old spellings: the value is the command's recipe or file
 A_WORD = "word"  # in a table of old spellings: the key of a word that has none
-_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_JSON_TYPES = {
+    bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", list: "array", dict: "object",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def read_command(
         problems += [keys.unknown(key, own_keys) for key in recipe]
     if problems:
         raise UsageError(*problems)
+    own = {key: _as_path(value, own_keys[key]) for key, value in own.items()}
     names = frozenset(word.partition("=")[0].partition(".")[0] for word in overrides)
     return Command(recipe if takes_recipe else {}, own, path, names)
 
@@ -221,11 +224,18 @@ def _own_schema(default: Any) -> dict[str, Any]:
     """The JSON Schema of an own key's values: those of its default's type; a key without a default also takes null."""
     if isinstance(default, type):
         return {"type": [_JSON_TYPES[default], "null"]}
-    return {} if default is None else {"type": [_JSON_TYPES[type(default)]]}
+    kind = Path if isinstance(default, Path) else type(default)
+    return {} if default is None else {"type": [_JSON_TYPES[kind]]}
 
 
 def _default(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, type) else value
+
+
+def _as_path(value: Any, default: Any) -> Any:
+    return Path(value) if value is not None and (default is Path or isinstance(default, Path)) else value
 
 
 def _modern(words: list[str], old: Mapping[str, str], schemas: Mapping[str, dict]) -> list[str]:
