@@ -21,7 +21,7 @@ import orpo_step
 import setting
 import torch
 
-REAL_7B = setting.make_random_llava.Geometry((4096, 14336, 32, 32, 8), (1024, 4096, 24, 16))
+REAL_7B = setting.random_llava.Geometry((4096, 14336, 32, 32, 8), (1024, 4096, 24, 16))
 VOCABULARY = 32064
 RANK = setting.lora_rank(REAL_7B)
 GPUS = {"24 GB (RTX 4090)": (24e9, 165e12), "80 GB (A100)": (80e9, 312e12)}  # bytes, dense bf16 FLOP/s

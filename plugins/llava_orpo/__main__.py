@@ -4,7 +4,6 @@
 Child processes started by torchrun need the installed `.pth`, or `FORCE_TORCHRUN` unset.
 """
 
-from . import autoload  # noqa: F401  adds the finder
 
 
 def main() -> None:

@@ -58,14 +58,14 @@ def wrap_parser(parser_module) -> None:
     def parse_args(parser, args=None, allow_extra_keys=False):
         args = parser_module.read_args(args)
         if not names_a_plugin(args):
-            integration = sys.modules.get("llava_orpo.integration")
-            if integration is not None:
-                integration.deactivate()  # an earlier recipe of this process used the plugin, this one does not
+            run = sys.modules.get("llava_orpo.integration.run")
+            if run is not None:
+                run.deactivate()  # an earlier recipe of this process used the plugin, this one does not
             return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
-        from . import integration
+        from .integration import activation
 
-        args = integration.take_arguments(parser, args, allow_extra_keys=allow_extra_keys)
+        args = activation.take_arguments(parser, args, allow_extra_keys=allow_extra_keys)
         return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
     parser_module._parse_args = parse_args

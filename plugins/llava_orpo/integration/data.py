@@ -8,14 +8,14 @@ import os
 
 from llamafactory.extras import logging
 
-from . import current
+from .run import current
 
 logger = logging.get_logger("llamafactory." + __name__)
 
 
 def keep_entries(original):
     def get_dataset_list(dataset_names, dataset_dir):
-        from ..rlaif_v import read_request
+        from ..data.rlaif_v import read_request
 
         attributes = original(dataset_names, dataset_dir)
         if isinstance(dataset_dir, dict):
@@ -57,7 +57,7 @@ def align(original):
         request = getattr(dataset_attr, "llava_orpo", None)
         if request is None:
             return original(dataset, dataset_attr, data_args, training_args)
-        from ..rlaif_v import align
+        from ..data.rlaif_v import align
 
         aligned = align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
         current().skipped += [dict(entry, stage="reading") for entry in request.skipped]
@@ -75,7 +75,7 @@ def align(original):
 
 def pair_processor(original):
     def make(template, tokenizer, processor, data_args):
-        from ..pairs import PairProcessor
+        from ..data.pairs import PairProcessor
 
         if getattr(template, "conversation", None) is None:
             return original(template=template, tokenizer=tokenizer, processor=processor, data_args=data_args)
@@ -112,7 +112,7 @@ def drop_skipped(original):
 
 def report_skipped(folder: str, write: bool) -> None:
     """Lists skipped rows in `<folder>/skipped_rows.jsonl`; ValueError when their share is above the recipe's limit."""
-    from ..reporting import SKIPPED_FILE, write_skipped
+    from ..data.skipped import SKIPPED_FILE, write_skipped
 
     run = current()
     if not run.skipped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from . import current
+from .run import current
 
 VISION_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # full names: bare ones are ignored
 
@@ -21,7 +21,7 @@ def spare_vision(original):
 
 
 def _limited_pinpoints(pinpoints, tile: int) -> list[list[int]]:
-    from ..anyres import AnyresGeometry
+    from ..data.anyres import AnyresGeometry
 
     limit = current().arguments.anyres_max_tiles
     geometry = AnyresGeometry(tile, 1, tuple(tuple(point) for point in pinpoints))
@@ -46,7 +46,7 @@ def limit_processor(original):
     def patch_processor(processor, tokenizer, model_args):
         original(processor, tokenizer, model_args)
         if current().arguments.anyres_max_tiles is not None:
-            from ..mm_plugin import processor_geometry
+            from ..data.anyres import processor_geometry
 
             tile = processor_geometry(processor).image_size
             image_processor = processor.image_processor
@@ -62,7 +62,9 @@ def published_export(original):
     def load_model(tokenizer, model_args, finetuning_args, *args, **kwargs):
         if model_args.export_dir is None or model_args.export_quantization_bit is not None:
             return original(tokenizer, model_args, finetuning_args, *args, **kwargs)
-        from .. import adapter, checkpoint, checkpoint_files
+        from ..checkpoint import adapter
+        from ..checkpoint import files as checkpoint_files
+        from ..checkpoint import published as checkpoint
 
         base = checkpoint_files.resolve_model_dir(
             model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.hf_hub_token

@@ -6,8 +6,8 @@ import os
 
 from llamafactory.extras import logging
 
-from . import Run, current
 from .data import report_skipped
+from .run import Run, current
 
 logger = logging.get_logger("llamafactory." + __name__)
 
@@ -18,7 +18,7 @@ def check_before_data(original):
 
         run = current()
         if getattr(template, "conversation", None) is None:
-            from ..conversation import CONVERSATIONS
+            from ..data.conversation import CONVERSATIONS
 
             raise ValueError(
                 f"template: {data_args.template} is not one of the exact LLaVA-1.6 templates "
@@ -87,7 +87,7 @@ def _announce_stock_evaluation(training_args) -> None:
 
 
 def _check_model_folder(model_args) -> None:
-    from .. import checkpoint
+    from ..checkpoint import published as checkpoint
 
     if os.path.isdir(model_args.model_name_or_path) and not model_args.train_from_scratch:
         checkpoint.check_folder(model_args.model_name_or_path)
@@ -95,7 +95,7 @@ def _check_model_folder(model_args) -> None:
 
 def collator(original):
     def make(template, model, tokenizer, processor, **kwargs):
-        from ..collator import SharedPrefixCollator
+        from ..step.collator import SharedPrefixCollator
 
         run = current()
         if not run.shared_prefix:
@@ -111,7 +111,7 @@ def collator(original):
 
 
 def trainer(original):
-    from ..trainer import SharedPrefixTrainer
+    from ..training.trainer import SharedPrefixTrainer
 
     def make(*args, **kwargs):
         run = current()
@@ -123,6 +123,6 @@ def trainer(original):
 
 
 def log_callback(original):
-    from ..reporting import FullLogCallback
+    from ..training.callbacks import FullLogCallback
 
     return FullLogCallback
