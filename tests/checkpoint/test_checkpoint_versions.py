@@ -22,8 +22,8 @@ from llava_orpo.checkpoint.published import CheckpointError, load_checked, save_
 OTHER = "5.6.0"
 CHILD = """
 import sys, torch, transformers
-from checkpoints_for_tests import logits
-from llava_orpo.checkpoint import load_checked, save_published
+from helpers.checkpoints import logits
+from llava_orpo.checkpoint.published import load_checked, save_published
 ours, theirs, own, answer = sys.argv[1:]
 model = load_checked(ours)
 torch.save(logits(model), answer)
