@@ -159,7 +159,7 @@ def works_of(side: str, micro: list[dict]) -> list[Work]:
     lengths = packed.response_lengths
     chosen, rejected = sum(lengths[:n]) / n, sum(lengths[n:]) / n
     question = 0 if n == 1 else tail / n - chosen - rejected
-    tiles = micro[0]["pixel_values"].shape[1]
+    tiles = micro[0]["image_inputs"]["pixel_values"].shape[1]
     return [Work("ours", n, root, 0, question, chosen, rejected, tiles)]
 
 

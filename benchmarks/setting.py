@@ -81,29 +81,15 @@ def without_plugin(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, "dataset": "stock", "template": "llava_next_mistral"}
 
 
-class _Built(Exception):
-    pass
-
-
 def build(side: str, geometry: str, folder: Path, **keys):
-    """The trainer that `llamafactory-cli train` would call `train()` (or `evaluate()`) on, stopped before."""
-    from llamafactory.train import tuner
-    from transformers import Trainer
+    """The trainer that `llamafactory-cli train` would call `train()` (or `evaluate()`) on."""
+    from llamafactory.hparams import get_train_args
 
-    caught = []
+    from llava_orpo.integration.run import current
+    from llava_orpo.training import workflow
 
-    def stop(self, *args, **kwargs):
-        caught.append(self)
-        raise _Built
-
-    original, Trainer.train = Trainer.train, stop
-    try:
-        tuner.run_exp(recipe(geometry, folder, shared_prefix=side == "ours", **keys))
-    except _Built:
-        pass
-    finally:
-        Trainer.train = original
-    trainer = caught[0]
+    *arguments, _ = get_train_args(recipe(geometry, folder, shared_prefix=side == "ours", **keys))
+    trainer = workflow.build(current(), *arguments)
     expected = {"stock": "CustomDPOTrainer", "ours": "SharedPrefixTrainer"}[side]
     if type(trainer).__name__ != expected:
         raise RuntimeError(f"side {side} is a {type(trainer).__name__}, not a {expected}")

@@ -14,7 +14,7 @@ from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 from helpers.tokenizers import chatml, joining_bpe, mistral_v1
 from llava_orpo.data.anyres import AnyresGeometry
 from llava_orpo.data.conversation import CONVERSATIONS, expand_image_token
-from llava_orpo.data.private_tokenizer import _private_copy
+from llava_orpo.data.private_tokenizer import private_tokenizer
 
 MISTRAL = CONVERSATIONS["llava_v16_mistral"]
 VICUNA = CONVERSATIONS["llava_v16_vicuna"]
@@ -157,7 +157,7 @@ def test_a_piece_across_the_end_of_the_prompt_goes_to_the_response():
 
 
 def begins_apart(conversation, tokenizer, answer):
-    private = _private_copy(conversation, tokenizer, len(tokenizer))
+    private = private_tokenizer(conversation, tokenizer, len(tokenizer))
     return private.begins_apart(private.conversation.render_response(answer))
 
 

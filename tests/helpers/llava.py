@@ -14,7 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
-from llava_orpo.step.packing import Pair
+from llava_orpo.step.packing import TokenPair
 
 IMAGE_TOKEN = 3
 SIDE = 28
@@ -97,7 +97,7 @@ def make_example(model, image, questions, responses, seed, shared_question=0):
 
     head = words(3) + ([IMAGE_TOKEN] * num_image_tokens(model, image) if image is not None else [])
     head += words(shared_question)
-    pairs = [Pair(head + words(q), words(c), words(r)) for q, (c, r) in zip(questions, responses)]
+    pairs = [TokenPair(head + words(q), words(c), words(r)) for q, (c, r) in zip(questions, responses)]
     return SimpleNamespace(image=image, pairs=pairs)
 
 

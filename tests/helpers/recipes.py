@@ -1,4 +1,4 @@
-"""Trainers as LLaMA-Factory's `run_dpo` builds them, stopped before training; rows on real photographs."""
+"""Recipes and trainers on a small random model, and rows on real photographs."""
 
 from __future__ import annotations
 
@@ -79,44 +79,33 @@ def recipe(folder: Path, keys: dict) -> dict:
     }
 
 
-class _Built(Exception):
-    pass
-
-
 def build_trainer(folder: Path, keys: dict):
     """The trainer that `llamafactory-cli train` would call `train()` on."""
-    from llamafactory.train import tuner
-    from transformers import Trainer
+    from llamafactory.hparams import get_train_args
 
-    caught = []
+    from llava_orpo.integration.run import current
+    from llava_orpo.training import workflow
 
-    def stop(self, *args, **kwargs):
-        caught.append(self)
-        raise _Built
-
-    original, Trainer.train = Trainer.train, stop
-    try:
-        tuner.run_exp(recipe(folder, keys))
-    except _Built:
-        pass
-    finally:
-        Trainer.train = original
-    trainer = caught[0]
+    *arguments, _ = get_train_args(recipe(folder, keys))
+    trainer = workflow.build(current(), *arguments)
     trainer.accelerator.free_memory()
     return trainer
 
 
 def tokenized(folder: Path, keys: dict):
-    """(train rows, eval rows or None) as `run_dpo` gets them, without loading the model."""
+    """(train rows, eval rows or None) as a training gets them, without loading the model."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
-    from llamafactory.train.dpo import workflow
 
-    model_args, data_args, training_args, _, _ = get_train_args(recipe(folder, keys))
+    from llava_orpo.integration.run import current
+    from llava_orpo.training import workflow
+
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(recipe(folder, keys))
+    workflow.check(current(), model_args, data_args, training_args, finetuning_args)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    out = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
+    out = workflow.read_rows(current(), template, module, model_args, data_args, training_args)
     return out["train_dataset"], out.get("eval_dataset")
 
 

@@ -24,7 +24,7 @@ def inactive():
     run.deactivate()
 
 
-PRISTINE = {(module, name): getattr(importlib.import_module(module), name) for module, name, _ in swaps._swaps()}
+PRISTINE = {(module, name): getattr(importlib.import_module(module), name) for module, name, _ in swaps.SWAPS}
 
 
 def swapped() -> list[str]:
@@ -42,7 +42,7 @@ def test_recipe_activates_and_plain_recipe_deactivates(tmp_path):
     assert swapped() == []
     get_train_args(recipe(tmp_path, {"anyres_max_tiles": 2}))
     assert run.current().arguments.anyres_max_tiles == 2
-    assert len(swapped()) == len(swaps._swaps())
+    assert len(swapped()) == len(swaps.SWAPS)
     plain = {k: v for k, v in recipe(tmp_path, {}).items() if k not in PLUGIN_KEYS}
     get_train_args({**plain, "template": "llava_next_mistral"})
     assert swapped() == []

@@ -11,7 +11,7 @@ from helpers.llava import make_example, make_image, packed_images, tiny_llava
 from helpers.packed import gradients, orpo_of, packed_of
 from llava_orpo.step import last_layer
 from llava_orpo.step.attention import disable, enable, packed_forward
-from llava_orpo.step.packing import Pair, pack, response_logps
+from llava_orpo.step.packing import TokenPair, pack, response_logps
 
 
 def examples_of(model):
@@ -52,7 +52,7 @@ def test_equals_the_whole_last_layer(monkeypatch):
         assert (grads[name] - g).norm() <= 1e-5 * g.norm() + 1e-7 * total, name
 
 
-def test_only_read_rows_pass_the_last_layer_and_a_copy_does_the_same():
+def test_only_read_positions_pass_the_last_layer_and_a_copy_does_the_same():
     model = tiny_llava()
     examples = examples_of(model)
     packed = packed_of(examples)
@@ -76,19 +76,19 @@ def test_plain_forward_and_disable_run_every_row():
         packed_forward(model, packed)
 
 
-def test_read_rows():
+def test_read_positions():
     # group 0: prompt 1 2 | 10 11 12 | 20; group 1: prompt 1 2 3 | 30 31 | 40 41
-    packed = pack([[Pair([1, 2], [10, 11, 12], [20])], [Pair([1, 2, 3], [30, 31], [40, 41])]])
+    packed = pack([[TokenPair([1, 2], [10, 11, 12], [20])], [TokenPair([1, 2, 3], [30, 31], [40, 41])]])
     read = packed.layout.read
-    assert read.rows.tolist() == [1, 2, 3, 8, 9, 11] and read.counts == (3, 3)
-    assert torch.equal(read.rows[read.index], packed.logits_to_keep)
+    assert read.positions.tolist() == [1, 2, 3, 8, 9, 11] and read.counts == (3, 3)
+    assert torch.equal(read.positions[read.index], packed.logits_to_keep)
     masks = packed.layout.read_masks(torch.float32)
     assert [mask.shape for mask in masks] == [(1, 1, 3, 6), (1, 1, 3, 7)]
     seen = [(mask[0, 0] == 0).int().tolist() for mask in masks]
     assert seen[0] == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
     assert seen[1] == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 0]]
     moved = packed.to("meta").layout.read
-    assert moved.rows.device.type == moved.index.device.type == "meta"
+    assert moved.positions.device.type == moved.index.device.type == "meta"
 
 
 def test_sharded_weights_are_gathered_first():

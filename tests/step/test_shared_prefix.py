@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, padded_logps, plain_logps, tiny_llava
 from helpers.packed import gradients, orpo_of, packed_of
 from llava_orpo.step.attention import choose_backend, disable, enable, is_enabled, packed_forward, unwrap
-from llava_orpo.step.packing import Pair, SharedPrefixLayout, pack, response_logps
+from llava_orpo.step.packing import SharedPrefixLayout, TokenPair, pack, response_logps
 
 WIDE, TALL, SMALL, SQUARE = (90, 30), (25, 80), (20, 22), (64, 64)
 
@@ -190,7 +190,7 @@ def test_grouped_equals_ungrouped():
 
 def _with_pair(example, index, **changes):
     pairs = list(example.pairs)
-    pairs[index] = Pair(**{**vars(pairs[index]), **changes})
+    pairs[index] = TokenPair(**{**vars(pairs[index]), **changes})
     return type(example)(image=example.image, pairs=pairs)
 
 
@@ -343,7 +343,7 @@ def test_refusals():
 
 def test_response_logps_gradient_and_chunks():
     torch.manual_seed(0)
-    groups = [[Pair([1, 2], list(range(10, 90)), list(range(20, 85)))]]
+    groups = [[TokenPair([1, 2], list(range(10, 90)), list(range(20, 85)))]]
     packed = pack(groups)
     logits = (torch.randn(1, 145, 100, dtype=torch.float64) * 5).requires_grad_()
     weights = torch.randn(2, dtype=torch.float64)
@@ -363,7 +363,7 @@ def test_response_logps_gradient_and_chunks():
 tokens = st.lists(st.integers(5, 7), min_size=1, max_size=5)
 drawn_groups = st.lists(
     st.lists(
-        st.builds(Pair, prompt_ids=tokens, chosen_ids=tokens, rejected_ids=tokens), min_size=1, max_size=4
+        st.builds(TokenPair, prompt_ids=tokens, chosen_ids=tokens, rejected_ids=tokens), min_size=1, max_size=4
     ),
     min_size=1,
     max_size=4,
@@ -393,16 +393,16 @@ def test_pack_invariants(groups):
     assert packed.n_pairs == len(pairs) and packed.lengths.tolist() == [len(a) for a in answers]
     assert list(packed.response_lengths) == packed.lengths.tolist()
     at = 0
-    for response, (sequence, answer) in enumerate(zip(full, answers)):
+    for sequence, answer in zip(full, answers):
         prompt = len(sequence) - len(answer)
         for offset, token in enumerate(answer):
             position, target = packed.logits_to_keep[at].item(), packed.targets[at].item()
-            assert packed.response_of[at] == response and target == token
+            assert target == token
             assert context[position] == sequence[: prompt + offset]
             assert positions[position] == prompt + offset - 1
             at += 1
     assert at == len(packed.targets) == len(packed.logits_to_keep)
-    assert len(ids) <= packed.num_unshared_tokens == sum(map(len, full))
+    assert len(ids) <= sum(map(len, full))
     # The attention's two forms of the same rule.
     start = 0
     for (root, tail), mask in zip(layout.groups, layout.tail_masks(torch.float32)):
@@ -419,7 +419,7 @@ def test_pack_invariants(groups):
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4)
 )
 def test_block_mask_shows_exactly_what_the_layout_says(sizes):
-    layout = pack([[Pair([1] * p, [2] * c, [3] * r)] for p, c, r in sizes]).layout
+    layout = pack([[TokenPair([1] * p, [2] * c, [3] * r)] for p, c, r in sizes]).layout
     block_mask, length = layout.block_mask(), layout.num_tokens
     end = layout.subtree_end
     i, j = torch.arange(length)[:, None], torch.arange(length)
@@ -437,7 +437,7 @@ def test_block_mask_shows_exactly_what_the_layout_says(sizes):
 
 
 def test_equal_prompts_share_their_question():
-    pairs = [Pair([1, 2, 3], [4], [5]), Pair([1, 9], [4], [5]), Pair([1, 2, 3], [6], [7])]
+    pairs = [TokenPair([1, 2, 3], [4], [5]), TokenPair([1, 9], [4], [5]), TokenPair([1, 2, 3], [6], [7])]
     packed = pack([pairs])
     assert packed.layout.groups == ((1, 9),)
     assert packed.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 9, 4, 5]]
@@ -447,16 +447,16 @@ def test_equal_prompts_share_their_question():
 
 def test_pack_refuses():
     with pytest.raises(ValueError, match="group 1, pair 0: rejected_ids"):
-        pack([[Pair([1], [2], [3])], [Pair([1], [2], [])]])
+        pack([[TokenPair([1], [2], [3])], [TokenPair([1], [2], [])]])
     with pytest.raises(ValueError, match="prompt_ids"):
-        pack([[Pair([], [2], [3])]])
+        pack([[TokenPair([], [2], [3])]])
     with pytest.raises(ValueError, match="group 0 holds no pair"):
         pack([[]])
     with pytest.raises(ValueError, match="nothing to pack"):
         pack([])
     with pytest.raises(ValueError, match="group 0, pair 0: image token in rejected_ids"):
-        pack([[Pair([1], [2], [8, IMAGE_TOKEN])]], IMAGE_TOKEN)
-    image_after_question = [Pair([1, 5, IMAGE_TOKEN], [2], [8]), Pair([1, 6, IMAGE_TOKEN], [2], [8])]
+        pack([[TokenPair([1], [2], [8, IMAGE_TOKEN])]], IMAGE_TOKEN)
+    image_after_question = [TokenPair([1, 5, IMAGE_TOKEN], [2], [8]), TokenPair([1, 6, IMAGE_TOKEN], [2], [8])]
     with pytest.raises(ValueError, match="group 0, pair 0: image tokens"):
         pack([image_after_question], IMAGE_TOKEN)
     packed = pack([image_after_question[:1], image_after_question[1:]], IMAGE_TOKEN)
@@ -464,7 +464,7 @@ def test_pack_refuses():
 
 
 def test_moving_a_batch_moves_the_layout():
-    packed = pack([[Pair([1, 2], [3], [4, 5])]])
+    packed = pack([[TokenPair([1, 2], [3], [4, 5])]])
     packed.layout.tail_masks(torch.float32)
     meta = packed.to("meta", non_blocking=True)
     assert {meta.input_ids.device.type, meta.targets.device.type, meta.layout.subtree_end.device.type} == {

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..errors import UserError
+
 INDEX = "model.safetensors.index.json"
 # What a folder must offer so that plain transformers can build its processor: one name of each group. (From
 # tokenizer.model alone transformers 5 builds a llava_next tokenizer that gives other ids.)
@@ -45,7 +47,7 @@ COPIED_FOLDERS = ("additional_chat_templates",)
 HEADER_LIMIT = 100_000_000  # safetensors' own limit on the JSON header, bytes
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint folder cannot be used or written; the message names the file and the remedy."""
 
 

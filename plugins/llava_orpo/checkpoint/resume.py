@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..errors import UserError
 from .files import resolve_model_dir
 from .published import LM_HEAD, check_folder, published_name, published_names, save_published
 
@@ -57,4 +58,4 @@ def load_into(model, folder: str | Path) -> None:
                 missing.discard(published)
     missing.discard(LM_HEAD if model.config.tie_word_embeddings else "")
     if missing:
-        raise ValueError(f"{folder} lacks {sorted(missing)[:5]}: not a whole checkpoint of this model.")
+        raise UserError(f"{folder} lacks {sorted(missing)[:5]}: not a whole checkpoint of this model.")

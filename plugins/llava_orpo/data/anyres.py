@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class AnyresGeometry:
         kept = tuple(point for point in self.grid_pinpoints if self._grid_tiles(point) <= max_tiles)
         if not kept:
             smallest = min(self._grid_tiles(point) for point in self.grid_pinpoints)
-            raise ValueError(
+            raise UserError(
                 f"{max_tiles} tiles leave no grid resolution; the smallest limit possible is {smallest}"
             )
         return replace(self, grid_pinpoints=kept)
@@ -118,7 +119,7 @@ def processor_geometry(processor) -> AnyresGeometry:
     image_processor = getattr(processor, "image_processor", None)
     pinpoints = getattr(image_processor, "image_grid_pinpoints", None)
     if not pinpoints or getattr(processor, "patch_size", None) is None:
-        raise ValueError(
+        raise UserError(
             "The model's folder has no LLaVA-NeXT processor (image_grid_pinpoints, patch_size). Use a checkpoint in "
             "the llava-hf layout, e.g. llava-hf/llava-v1.6-mistral-7b-hf, with its processor files."
         )

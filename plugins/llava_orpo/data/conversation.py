@@ -7,8 +7,8 @@ text. Two things need care:
   tokenizer in which every special token has a private random name; only the format itself, never a text, uses
   those names.
 - Where the prompt ends and the response begins. Prompt and responses are tokenized apart, so the prompt once a pair,
-  only where that provably gives the ids of the whole strings (`_Private.joined_to_the_end`). Elsewhere whole strings are
-  tokenized and then cut.
+  only where that provably gives the ids of the whole strings (`PrivateTokenizer.joined_to_the_end`). Elsewhere whole
+  strings are tokenized and then cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .private_tokenizer import _private_copy
+from .private_tokenizer import private_tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Conversation:
         Raises:
             ValueError: as `encode_pairs`.
         """
-        private = _private_copy(self, tokenizer, len(tokenizer))
+        private = private_tokenizer(self, tokenizer, len(tokenizer))
         return private.whole.encode(private.conversation.render_prompt(question, has_image, system, history)).ids
 
     def encode_pairs(
@@ -104,7 +104,7 @@ class Conversation:
         Raises:
             ValueError: lengths differ, or the tokenizer does not fit the format.
         """
-        private = _private_copy(self, tokenizer, len(tokenizer))
+        private = private_tokenizer(self, tokenizer, len(tokenizer))
         rows = [
             (private.conversation.render_prompt(question, image), *map(private.conversation.render_response, answers))
             for question, image, *answers in zip(questions, has_image, chosen, rejected, strict=True)
@@ -137,7 +137,7 @@ class Conversation:
         """
         if not turns:
             raise ValueError("a conversation needs at least one turn")
-        private = _private_copy(self, tokenizer, len(tokenizer))
+        private = private_tokenizer(self, tokenizer, len(tokenizer))
         marked = private.conversation
         bounds = []  # characters: where each answer starts, where the next prompt starts
         for number, (question, answer) in enumerate(turns):

@@ -8,12 +8,14 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from .conversation import Conversation
 
 
 @dataclass(frozen=True)
-class _Private:
+class PrivateTokenizer:
     """A copy of a tokenizer, and of a conversation, with every special token under a private name.
 
     Attributes:
@@ -37,15 +39,15 @@ class _Private:
 
 
 @functools.lru_cache(maxsize=16)
-def _private_copy(conversation: Conversation, tokenizer, _size: int):
-    """`_Private` of a tokenizer. _size is len(tokenizer): tokens added later make a new copy."""
+def private_tokenizer(conversation: Conversation, tokenizer, _size: int):
+    """`PrivateTokenizer` of a tokenizer. _size is len(tokenizer): tokens added later make a new copy."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
-        raise ValueError(f"template {conversation.name} needs a BPE tokenizer, this one is {model['type']}")
+        raise UserError(f"template {conversation.name} needs a BPE tokenizer, this one is {model['type']}")
     added = {token["content"] for token in spec["added_tokens"]}
     if missing := [token for token in conversation.special_tokens if token not in added]:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer lacks {missing}, which {conversation.name} needs: another checkpoint's?"
         )
     # 128 random bits between Unicode noncharacters: no text contains this, and the ids do not depend on it.
@@ -74,7 +76,7 @@ def _private_copy(conversation: Conversation, tokenizer, _size: int):
     whole, response = build(json.dumps(spec)), build(json.dumps(_without_word_start(spec)))
     prefix_only = whole.encode("a").ids[-1:] == whole.encode("a", add_special_tokens=False).ids[-1:]
     joined = _joined_after(spec, (private.user[1] + private.generation)[-1]) if prefix_only else None
-    return _Private(whole, response, private, joined)
+    return PrivateTokenizer(whole, response, private, joined)
 
 
 def _normalizers(spec: dict) -> list[dict]:

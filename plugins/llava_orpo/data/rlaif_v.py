@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from llamafactory.data.converter import DatasetConverter
 
 from ..arguments import PluginArguments
+from ..errors import UserError
 from . import image_store, images, rows
 
 INDEX_VERSION = 1  # part of the cache key: raise it when `index_images` gives other columns or values
@@ -22,7 +23,7 @@ INDEX_VERSION = 1  # part of the cache key: raise it when `index_images` gives o
 
 @dataclass
 class DatasetRequest:
-    """What a recipe wants of one registered dataset: the entry's `llava_orpo` block and the recipe's own keys."""
+    """What a recipe asks for from one registered dataset: the entry's `llava_orpo` block and the recipe's own keys."""
 
     name: str
     arguments: PluginArguments
@@ -35,14 +36,14 @@ class DatasetRequest:
 
 
 def read_request(name: str, entry: dict[str, Any], arguments: PluginArguments) -> DatasetRequest:
-    """The request for a dataset_info.json entry. Raises ValueError for an unknown `part` or key."""
+    """The request for a dataset_info.json entry. Raises UserError for an unknown `part` or key."""
     block = entry.get("llava_orpo", {})
     unknown = set(block) - {"part", "filter"}
     if unknown:
-        raise ValueError(f"dataset_info.json: {name}: unknown key in `llava_orpo`: {', '.join(sorted(unknown))}.")
+        raise UserError(f"dataset_info.json: {name}: unknown key in `llava_orpo`: {', '.join(sorted(unknown))}.")
     part = block.get("part")
     if part not in (None, "train", "heldout"):
-        raise ValueError(f"dataset_info.json: {name}: `part` must be train or heldout, not {part!r}.")
+        raise UserError(f"dataset_info.json: {name}: `part` must be train or heldout, not {part!r}.")
     return DatasetRequest(name, arguments, part, block.get("filter"))
 
 
@@ -124,7 +125,7 @@ def _by_arrow_file(dataset: Dataset, column: str) -> list[tuple[str, Dataset]]:
         files = [entry["filename"] for entry in copied.cache_files]
         parts = [Dataset.from_file(file) for file in files]
         if not files:
-            raise ValueError("The dataset has no Arrow file on disk; streaming and in-memory data are not supported.")
+            raise UserError("The dataset has no Arrow file on disk; streaming and in-memory data are not supported.")
     return [(file, image_store.undecoded(part, column).select_columns([column])) for file, part in zip(files, parts)]
 
 
@@ -133,7 +134,7 @@ def _same(batch):
 
 
 def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, num_proc: int | None = None) -> Dataset:
-    """Rows of a registered dataset in LLaMA-Factory's standard format, plus `_pair` (a struct, see below).
+    """Rows of a registered dataset in LLaMA-Factory's standard format, plus `_identity` (a struct, see below).
 
     Order of work: image index, filter, held-out part, bad rows out (into `request.skipped`), `num_samples`
     / `max_samples`, conversion by `RlaifVConverter`.
@@ -142,7 +143,7 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
     if column not in dataset.column_names and "image_path" in dataset.column_names:
         column = "image_path"
     if column not in dataset.column_names and not request.arguments.allow_text_only:
-        raise ValueError(
+        raise UserError(
             f"{request.name}: no column {column!r} (columns: {', '.join(dataset.column_names)}). Name the image "
             "column under `columns: {images: …}` in dataset_info.json, or set `allow_text_only: true`."
         )
@@ -181,7 +182,7 @@ def _choose(texts: Dataset, index: Dataset, request: DatasetRequest) -> list[int
         wanted = request.part == "heldout"
         kept = [row for row in kept if not hashes[row] or rows.is_heldout(hashes[row], fraction) == wanted]
         if not kept:
-            raise ValueError(
+            raise UserError(
                 f"{request.name}: no image falls into the {request.part} part at heldout_fraction: {fraction}. "
                 "Raise heldout_fraction, or use more images."
             )
@@ -199,7 +200,7 @@ def _choose(texts: Dataset, index: Dataset, request: DatasetRequest) -> list[int
             request.skipped.append({"dataset": request.name, "row": row, "pair_id": pair_id, "reason": str(err)})
     if not good:
         reasons = sorted({entry["reason"] for entry in request.skipped})[:5]
-        raise ValueError(f"{request.name}: every row is unusable. Reasons: {'; '.join(reasons)}")
+        raise UserError(f"{request.name}: every row is unusable. Reasons: {'; '.join(reasons)}")
 
     if request.num_samples is not None:  # LLaMA-Factory's meaning: a random sample, repeated if it must be
         generator = np.random.default_rng(0)
@@ -213,7 +214,7 @@ class RlaifVConverter(DatasetConverter):
     """One row with its image index, to LLaMA-Factory's standard format.
 
     `_prompt` holds the bare question: the template puts the image before it, so an `<image>` that a question
-    or answer contains is text. `_images` holds a reference (see `image_store`). `_pair` carries the pair's
+    or answer contains is text. `_images` holds a reference (see `image_store`). `_identity` carries the pair's
     identity: pair_id, dataset, source, question_type, image_hash, width, height.
     """
 
@@ -229,7 +230,7 @@ class RlaifVConverter(DatasetConverter):
             "_images": [example["_ref"]] if example["_ref"] else None,
             "_videos": None,
             "_audios": None,
-            "_pair": {
+            "_identity": {
                 "pair_id": rows.pair_id_of(example, example["_row"]),
                 "dataset": self.name,
                 "source": rows.source_of(example),

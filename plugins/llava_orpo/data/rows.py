@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..errors import UserError
+
 QUESTION_TYPES = ("detailed description", "question answering")
 
 
@@ -119,7 +121,7 @@ def values_at(row: Mapping[str, Any], path: str) -> list[str]:
 def filter_rows(rows: Iterable[Mapping[str, Any]], conditions: Mapping[str, Any], dataset: str) -> list[int]:
     """Indices of the rows that meet every condition.
 
-    Raises ValueError when a column does not exist or when nothing matches; the message lists the values
+    Raises UserError when a column does not exist or when nothing matches; the message lists the values
     present with their counts.
     """
     wanted = {path: {normal(v) for v in values} for path, values in flatten_filter(conditions).items()}
@@ -136,7 +138,7 @@ def filter_rows(rows: Iterable[Mapping[str, Any]], conditions: Mapping[str, Any]
             kept.append(index)
     unknown = [path for path in wanted if path.split(".")[0] not in columns]
     if columns and unknown:
-        raise ValueError(
+        raise UserError(
             f"dataset_filter: {dataset} has no column {', '.join(repr(p.split('.')[0]) for p in unknown)}; "
             f"its columns are {', '.join(sorted(columns))}."
         )
@@ -146,7 +148,7 @@ def filter_rows(rows: Iterable[Mapping[str, Any]], conditions: Mapping[str, Any]
             + ", ".join(f"{value!r} ({count})" for value, count in counter.most_common(20))
             for path, counter in present.items()
         ]
-        raise ValueError(f"dataset_filter matches no row of {dataset}. Values present:\n" + "\n".join(lines))
+        raise UserError(f"dataset_filter matches no row of {dataset}. Values present:\n" + "\n".join(lines))
     return kept
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from llamafactory.data.data_utils import Role
 from llamafactory.data.template import Template
@@ -14,11 +16,11 @@ from .conversation import CONVERSATIONS, Conversation, expand_image_token
 class ExactTemplate(Template):
     """A template whose ids are those of the whole rendered conversation, never of pieces glued together.
 
-    Subclasses made by `exact_template_class` carry the conversation. Used by chat, webchat, api and export;
-    pairwise training goes through `pairs.PairProcessor`, which calls the same conversation in batches.
+    Used by chat, webchat, api and export; pairwise training goes through `pairs.PairProcessor`, which calls the same
+    conversation in batches.
     """
 
-    conversation = None  # class attribute, deliberately not a dataclass field
+    conversation: Conversation | None = None
 
     def _encode(self, tokenizer, messages, system, tools):
         """Ids of each message (LLaMA-Factory 0.9.5: Template._encode): user, assistant, user, assistant, …"""
@@ -45,11 +47,6 @@ class ExactTemplate(Template):
         """Leaves the checkpoint's own chat template alone (it lives in the processor's files)."""
 
 
-def exact_template_class(conversation: Conversation) -> type[ExactTemplate]:
-    """An ExactTemplate subclass for one conversation format."""
-    return type(f"ExactTemplate_{conversation.name}", (ExactTemplate,), {"conversation": conversation})
-
-
-def exact_templates() -> dict[str, type[ExactTemplate]]:
-    """Template class by template name, one for each LLaVA-1.6 conversation."""
-    return {name: exact_template_class(conversation) for name, conversation in CONVERSATIONS.items()}
+def exact_templates() -> dict[str, Callable[..., ExactTemplate]]:
+    """What `register_template` takes as template_class, by template name: one for each LLaVA-1.6 conversation."""
+    return {name: partial(ExactTemplate, conversation=conversation) for name, conversation in CONVERSATIONS.items()}

@@ -22,13 +22,10 @@ from ..checkpoint.adapter import check_adapter
 from ..data import images
 from ..data.anyres import processor_geometry
 from ..data.conversation import expand_image_token
+from ..evaluation.generation import answer_batch, batch_inputs
 from ..evaluation.session import Session, open_session
-from ..preference import metrics as preference
 from ..recipe import model_label, with_model
-from ..step import attention as shared_attention
-from ..step.packing import response_logps
 from ..step.token_logps import token_logps
-from ..step.vision_tower import skip_unread_vision_layers
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_MEGAPIXELS = 50
@@ -103,14 +100,12 @@ def read_image(path: str | Path) -> bytes:
     return data
 
 
-def encode(session: Session, image: bytes, question: str) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """(prompt ids with every image token, {pixel_values, image_sizes}); the image first, as in training."""
+def encode(session: Session, image: bytes, question: str) -> tuple[list[int], Image.Image]:
+    """(prompt ids with every image token, the picture); the image first, as in training."""
     conversation = session.template.conversation
     ids = conversation.encode_prompt(session.tokenizer, question, has_image=True)
     count = processor_geometry(session.processor).num_image_tokens(*images.header_size(image))
-    ids = expand_image_token(ids, session.collator.image_token_id, count)
-    pixels = session.processor.image_processor([images.decode_rgb(image)], return_tensors="pt")
-    return ids, dict(pixels)
+    return expand_image_token(ids, session.collator.image_token_id, count), images.decode_rgb(image)
 
 
 class _Stop(StoppingCriteria):
@@ -127,7 +122,7 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
     Generation runs in a thread of its own and stops when the iterator is closed. Errors are raised here.
     """
     session = candidate.session
-    ids, pixels = encode(session, image, question)
+    ids, picture = encode(session, image, question)
     room = session.model.config.get_text_config().max_position_embeddings - len(ids)
     if room < 1:
         raise ValueError(f"The question is too long: the prompt has {len(ids)} tokens.")
@@ -136,22 +131,11 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
 
     def generate() -> None:
         try:
-            dtype = next(p.dtype for p in session.model.parameters() if p.is_floating_point())
-            inputs = torch.tensor([ids], device=session.device)
-            with _DEVICE, torch.inference_mode(), candidate.chosen():
-                session.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    pixel_values=pixels["pixel_values"].to(session.device, dtype),
-                    image_sizes=pixels["image_sizes"].to(session.device),
-                    max_new_tokens=min(max_new_tokens, room),
-                    do_sample=False,
-                    temperature=None,  # a checkpoint's generation_config.json may sample
-                    top_p=None,
-                    eos_token_id=session.template.get_stop_token_ids(session.tokenizer),
-                    pad_token_id=session.tokenizer.pad_token_id,
-                    streamer=streamer,
-                    stopping_criteria=[_Stop(closed)],
+            inputs = batch_inputs(session, [ids], [picture])
+            stopping = [_Stop(closed)]
+            with _DEVICE, candidate.chosen():
+                answer_batch(
+                    session, inputs, min(max_new_tokens, room), streamer=streamer, stopping_criteria=stopping
                 )
         except Exception as error:  # handed to the thread that reads the stream
             errors.append(error)
@@ -169,7 +153,6 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
         raise errors[0]
 
 
-@torch.no_grad()
 def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -> Comparison:
     """Both answers in one forward behind the shared prompt; the numbers are those of `evals/preference.py`.
 
@@ -192,24 +175,15 @@ def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -
     batch = session.collator([row])
     if batch["bad_images"]:
         raise images.ImageError(f"The image is damaged: {batch['bad_images'][0][1]}")
-    packed = batch["packed"].to(session.device)
-    pixels = {key: batch[key].to(session.device) for key in ("pixel_values", "image_sizes")}
-    context = torch.autocast(session.device.type, session.autocast) if session.autocast else nullcontext()
-    inner = shared_attention.unwrap(session.model)
     session.model.requires_grad_(False)  # PEFT turns an adapter's gradients on whenever it switches it on
-    with _DEVICE, candidate.chosen(), skip_unread_vision_layers(inner), context:
-        logits = shared_attention.packed_forward(session.model, packed, **pixels)
-    logps = token_logps(logits[0], packed.targets).split(packed.response_lengths)
-    sums = response_logps(logits, packed)[0].double().tolist()
+    with _DEVICE, candidate.chosen():
+        scored = session.forward(batch)
+    logps = token_logps(scored.logits[0], scored.packed.targets).split(scored.packed.response_lengths)
     answers = [
         ScoredAnswer(tuple(readable(session.tokenizer, ids, values.tolist())), total, len(ids))
-        for ids, values, total in zip(responses, logps, sums, strict=True)
+        for ids, values, total in zip(responses, logps, scored.sums.double().tolist(), strict=True)
     ]
-    record = {
-        "chosen_logp": sums[0], "rejected_logp": sums[1],
-        "chosen_tokens": len(responses[0]), "rejected_tokens": len(responses[1]),
-    }  # fmt: skip
-    return Comparison(*answers, preference.margin(record))
+    return Comparison(*answers, answers[0].mean - answers[1].mean)
 
 
 def readable(tokenizer, ids: list[int], logps: list[float]) -> Iterator[tuple[str, float, int]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from scipy import stats
 
+from ..errors import UserError
+from ..files import inside, read_jsonl
 from ..preference.metrics import wilson_interval
 
 OUTCOMES = ("a", "tie", "b")  # which answer is better
@@ -45,25 +47,18 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
         a, b: model names as in "answers", or `chosen` / `rejected` for the dataset's own. Where the file has
             two models and neither is given, b is the first one (usually the base) and a the second.
     Raises:
-        SystemExit: no such file or model; the remedy is named.
-        ValueError: a damaged line, or an image outside the file's folder or missing, named with the line.
+        UserError: no such file or model; the remedy is named.
+        UserError: a damaged line, or an image outside the file's folder or missing, named with the line.
     """
     if not path.is_file():
-        raise SystemExit(f"There is no {path}. evals/generate.py writes generations.jsonl.")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            lines.append((f"{path}:{number}", json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not JSON ({error}). Make the file again with evals/generate.py."
-            ) from error
+        raise UserError(f"There is no {path}. evals/generate.py writes generations.jsonl.")
+    lines = read_jsonl(path, "Make the file again with evals/generate.py.")
     models = list(dict.fromkeys(name for _, line in lines for name in line["answers"]))
     if a is None and b is None and len(models) == 2:
         b, a = models
     known = [*models, *DATASET_ANSWERS]
     if a not in known or b not in known or a == b:
-        raise SystemExit(
+        raise UserError(
             f"Name the two sides with a=… and b=…, out of: {', '.join(known)}. Got a={a}, b={b}."
         )
     pairs = []
@@ -76,18 +71,16 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
             AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides)
         )
     if not pairs:
-        raise SystemExit(f"{path}: no prompt was answered by both {a} and {b}.")
+        raise UserError(f"{path}: no prompt was answered by both {a} and {b}.")
     return a, b, pairs
 
 
 def _image(folder: Path, image: dict[str, str] | None, where: str) -> Path | None:
     if image is None:
         return None
-    path = (folder / image["path"]).resolve()
-    if not path.is_relative_to(folder.resolve()):  # what is sent to a server or shown is this file's own
-        raise ValueError(f"{where}: image path {image['path']!r} leaves the folder of the file.")
+    path = inside(folder, image["path"], where)  # what is sent to a server or shown is this file's own
     if not path.is_file():
-        raise ValueError(f"{where}: the image {path} is gone. Make the file again with evals/generate.py.")
+        raise UserError(f"{where}: the image {path} is gone. Make the file again with evals/generate.py.")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: batches, seeds, records."""
+"""Answers of a model to prompts: batches, seeds, records of `generations.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..data import image_store, images
 from ..data.conversation import Conversation, full_prompt_ids
 from ..data.image_store import load_image
-from ..preference import scoring as evaluation
+from ..errors import UserError
+from ..files import evenly
+from ..preference import scoring
 from ..recipe import model_label, with_model
-from ..step import attention as shared_attention
-from .resume import fingerprint, read_saved
+from ..step.attention import unwrap
+from .resume import Saved, fingerprint
 from .sampling import SeededSampling
 from .session import Session
 
@@ -33,14 +33,14 @@ SIDES = ("chosen", "rejected")
 
 
 def named_models(recipe: dict[str, Any], models: str | list | None) -> dict[str, dict[str, Any]]:
-    """{name in the output: recipe that loads the model}. Raises SystemExit when a model is named twice."""
+    """{name in the output: recipe that loads the model}. Raises UserError when a model is named twice."""
     if models is None:
         return {model_label(recipe): recipe}
     wanted = [str(model).strip() for model in (models.split(",") if isinstance(models, str) else models)]
     short = [model if model == "base" else Path(model.rstrip("/")).name for model in wanted]
     names = [s if short.count(s) == 1 else model for s, model in zip(short, wanted)]
     if len(set(names)) != len(names) or not all(names):
-        raise SystemExit(f"models={models}: name every model once.")
+        raise UserError(f"models={models}: name every model once.")
     return {name: with_model(recipe, model) for name, model in zip(names, wanted)}
 
 
@@ -50,11 +50,11 @@ def unique_prompts(rows, limit: int | None = None) -> list[int]:
     for position, row in enumerate(rows):
         seen.setdefault((row["image_hash"] or row["image"], tuple(row["prompt_ids"])), position)
     found = list(seen.values())
-    if limit is None or limit >= len(found):
+    if limit is None:
         return found
     if limit < 1:
-        raise SystemExit(f"max_prompts={limit}: must be at least 1.")
-    return [found[i * len(found) // limit] for i in range(limit)]
+        raise UserError(f"max_prompts={limit}: must be at least 1.")
+    return evenly(found, limit)
 
 
 def answers(
@@ -65,24 +65,14 @@ def answers(
     settings["seed"] = int(session.recipe.get("seed", 0))
     parts = json.dumps([fingerprint(session), settings if settings["temperature"] else own["max_new_tokens"]])
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    saved = folder / f".answers_{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl"
-    records = [] if own["restart"] else read_saved(saved, key)
-    done = {record["position"]: record for record in records}
-    beside = saved.with_name(saved.name + ".new")  # drops a cut last line, or another model's answers
-    beside.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *records]))
-    beside.replace(saved)
+    saved = Saved(folder / f".answers_{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl", key, own["restart"])
+    done = {record["position"]: record for record in saved.records}
     waiting = [position for position in positions if position not in done]
     if waiting:
-        there = len(positions) - len(waiting)
-        with (
-            saved.open("a") as out,
-            tqdm(total=len(positions), initial=there, unit="prompt", desc=name) as bar,
-        ):
+        with saved.appending(len(positions), len(positions) - len(waiting), "prompt", name) as add:
             for batch in generate(session, waiting, **settings):
-                out.writelines(json.dumps(record) + "\n" for record in batch)
-                out.flush()
+                add(batch)
                 done.update((record["position"], record) for record in batch)
-                bar.update(len(batch))
     return {position: done[position] for position in positions}
 
 
@@ -99,8 +89,8 @@ def generate(
     Plain transformers `generate` on left-padded batches. Sampling draws from a generator per prompt (see
     `SeededSampling`): the batch a prompt is in does not change its draws.
     """
-    ids = evaluation.unique_ids(session.rows)
-    image_token = shared_attention.unwrap(session.model).config.image_token_id
+    ids = scoring.unique_ids(session.rows)
+    image_token = unwrap(session.model).config.image_token_id
     conversation, tokenizer = session.template.conversation, session.tokenizer
 
     def load(batch: list[int]):
@@ -108,7 +98,8 @@ def generate(
         rows, pictures, bad = [], [], []
         for position in batch:
             row = dict(session.rows[position], position=position)
-            row["prompt_ids"] = prompt_ids(conversation, tokenizer, row)
+            # the prompt alone: where it makes one token with the start of an answer, a pair's prompt_ids end before it
+            row["prompt_ids"] = conversation.encode_prompt(tokenizer, row["question"], row["image"] is not None)
             try:
                 picture = load_image(row["image"]) if row["image"] is not None else None
             except (images.ImageError, OSError) as err:
@@ -124,8 +115,7 @@ def generate(
         positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"])
     )
     loader = DataLoader(
-        order, batch_size=int(session.recipe.get("per_device_eval_batch_size", 8)), collate_fn=load,
-        num_workers=int(session.recipe.get("dataloader_num_workers", 0)),
+        order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers,
     )  # fmt: skip
     for rows, bad, inputs in loader:
         records = [_record(row, ids, bad_image=reason) for row, reason in bad]
@@ -147,15 +137,14 @@ def batch_inputs(
     return inputs
 
 
-@torch.no_grad()
 def answer_batch(
-    session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int, processors: Sequence = ()
+    session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int, processors: Sequence = (), **streaming
 ) -> list[str]:
     """Texts that the model generates for a batch of `batch_inputs`, by plain transformers `generate`.
 
     Greedy, unless `processors` hold a SeededSampling. A checkpoint's generation_config.json changes nothing.
+    streaming: a streamer and stopping_criteria for `generate`.
     """
-    shared_attention.disable(session.model)
     tokenizer = session.tokenizer
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
@@ -163,8 +152,10 @@ def answer_batch(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(session.template.conversation, tokenizer),
     )  # fmt: skip
     inputs = {key: value.to(session.device) for key, value in inputs.items()}
-    with torch.autocast(session.device.type, session.autocast) if session.autocast else nullcontext():
-        out = session.model.generate(**inputs, generation_config=config, logits_processor=list(processors))
+    with torch.no_grad(), session.precision():
+        out = session.model.generate(
+            **inputs, generation_config=config, logits_processor=list(processors), **streaming
+        )
     answers = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -175,31 +166,6 @@ def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch
     ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def prompt_ids(conversation: Conversation, tokenizer, row: dict[str, Any]) -> list[int]:
-    """Ids of the prompt alone, one image placeholder.
-
-    A row's prompt_ids are that, unless the end of the prompt and the start of an answer made one token
-    (`Conversation.encode_pairs`); then the prompt is encoded again without an answer.
-    """
-    has_image, decoded = row["image"] is not None, tokenizer.decode(row["prompt_ids"])
-    if decoded.endswith(conversation.user[1] + conversation.generation):
-        return row["prompt_ids"]
-    return conversation.encode_prompt(tokenizer, question_of(conversation, decoded, has_image), has_image)
-
-
-def question_of(conversation: Conversation, decoded: str, has_image: bool) -> str:
-    """The question inside a decoded prompt (special tokens kept) whose last characters may be missing.
-
-    Raises ValueError when the prompt does not start as the format does.
-    """
-    before, after = conversation.render_prompt("\0", has_image).split("\0")
-    start = decoded.find(before)
-    if start < 0:
-        raise ValueError(f"A prompt does not start as template {conversation.name} writes it: {decoded!r}")
-    missing = next(k for k in range(len(after) + 1) if decoded.endswith(after[: len(after) - k]))
-    return decoded[start + len(before) : len(decoded) - len(after) + missing]
 
 
 def end_tokens(conversation: Conversation, tokenizer) -> list[int]:
@@ -217,7 +183,6 @@ def prompt_seed(row: dict[str, Any], seed: int) -> int:
 def describe(session: Session, position: int, record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A line of generations.jsonl without answers; the image's original bytes go to images/<hash>.<ext>."""
     row, tokenizer = session.rows[position], session.tokenizer
-    prompt = tokenizer.decode(prompt_ids(session.template.conversation, tokenizer, row))
     image = None
     if row["image"] is not None:
         data = image_store.read_bytes(row["image"])
@@ -234,7 +199,7 @@ def describe(session: Session, position: int, record: dict[str, Any], folder: Pa
         "dataset": row["dataset"],
         "subset": f"{row['source']}/{row['question_type']}",
         "image": image,
-        "question": question_of(session.template.conversation, prompt, image is not None),
+        "question": row["question"],
         **texts,
         "answers": {},
     }

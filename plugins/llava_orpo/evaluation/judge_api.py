@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from ..errors import UserError
+
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 HOPELESS = (401, 403, 404)  # the same for every request: wrong key, address or model name
 LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
@@ -31,10 +33,10 @@ class ChatClient:
     """Sends chat requests to `<base_url>/chat/completions`; usable from many tasks of one event loop.
 
     Args:
-        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises SystemExit when it carries a
+        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises UserError when it carries a
             password.
         api_key_env: name of the environment variable that holds the key. The key goes into the Authorization
-            header and nowhere else: texts from the server are cleared of it. Raises SystemExit when it is not
+            header and nowhere else: texts from the server are cleared of it. Raises UserError when it is not
             set and the endpoint is not on this machine.
         timeout: seconds for a whole answer; connecting gets at most 10.
         retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most
@@ -46,16 +48,16 @@ class ChatClient:
     ):
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SystemExit(
+            raise UserError(
                 f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1."
             )
         if parts.username or parts.password:
-            raise SystemExit(
+            raise UserError(
                 "base_url holds a user or password. Put the key into an environment variable (api_key_env)."
             )
         self._key = os.environ.get(api_key_env, "")
         if not self._key and parts.hostname not in LOCAL:
-            raise SystemExit(
+            raise UserError(
                 f"The environment variable {api_key_env} is empty; it must hold the key of {parts.hostname}."
             )
         self.url = base_url.rstrip("/") + "/chat/completions"

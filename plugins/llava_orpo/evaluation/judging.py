@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import UserError
 from .answer_pairs import AnswerPair, tally
 from .judge_api import ChatClient, EndpointUnusable, RequestFailed
 from .judge_prompt import REMINDER, RULES, TASK, parse_verdict
@@ -54,7 +55,7 @@ def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, own: dict[str, Any]) -> None:
-    """Prints what will be sent and what it may cost; asks unless `yes`. Raises SystemExit for a no."""
+    """Prints what will be sent and what it may cost; asks unless `yes`. Raises UserError for a no."""
     tasks = list(tasks)
     sizes = [
         text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image)
@@ -70,9 +71,9 @@ def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, o
         )
     if not own["yes"]:
         if not sys.stdin.isatty():
-            raise SystemExit("Nothing was sent. Add yes=true to send without being asked.")
+            raise UserError("Nothing was sent. Add yes=true to send without being asked.")
         if input("Send? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise SystemExit("Nothing was sent.")
+            raise UserError("Nothing was sent.")
 
 
 def text_tokens(text: str) -> int:

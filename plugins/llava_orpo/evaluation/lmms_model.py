@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ..data.anyres import processor_geometry
 from ..data.conversation import expand_image_token
-from ..step import attention as shared_attention
+from ..errors import UserError
+from ..step.attention import unwrap
 from .generation import answer_batch, batch_inputs
 from .sampling import SeededSampling
 from .session import Session
@@ -40,7 +41,7 @@ class SessionModel(lmms):
         self.device = session.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One answer per request, in their order. Raises ValueError for a question with several images."""
+        """One answer per request, in their order. Raises UserError for a question with several images."""
         settings = [json.dumps(_settings(request.args[1]), sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(requests[i].args[0])))
         answers: list[str] = [""] * len(requests)
@@ -56,14 +57,14 @@ class SessionModel(lmms):
     @torch.no_grad()
     def _answer(self, requests: list[Instance], settings: dict) -> list[str]:
         session = self.session
-        image_token = shared_attention.unwrap(session.model).config.image_token_id
+        image_token = unwrap(session.model).config.image_token_id
         geometry = processor_geometry(session.processor)
         sequences, pictures, seeds = [], [], []
         for request in requests:
             question, _, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             if len(visuals) > 1:
-                raise ValueError(
+                raise UserError(
                     f"{task}, document {doc_id}: {len(visuals)} images; LLaVA-1.6 was trained with one."
                 )
             ids = session.template.conversation.encode_prompt(session.tokenizer, question, bool(visuals))
@@ -90,9 +91,9 @@ class SessionModel(lmms):
 
 
 def _settings(given: dict) -> dict:
-    """What a task's generation_kwargs ask for. Raises ValueError for beam search: answer_batch has none."""
+    """What a task's generation_kwargs ask for. Raises UserError for beam search: answer_batch has none."""
     if given.get("num_beams", 1) not in (None, 1):
-        raise ValueError(f"num_beams={given['num_beams']}: only greedy decoding and sampling are done here.")
+        raise UserError(f"num_beams={given['num_beams']}: only greedy decoding and sampling are done here.")
     sampled = given.get("do_sample", True) and given.get("temperature")
     return {
         "max_new_tokens": int(given.get("max_new_tokens", 1024)),

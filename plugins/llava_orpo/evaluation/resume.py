@@ -4,81 +4,92 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..preference import metrics as preference
-from ..preference import scoring as evaluation
-from ..recipe import model_label
-from ..step.batches import fill_batches, image_runs
+from ..files import json_line, whole_lines, write_atomic
+from ..preference import scoring
+from ..preference.records import CONDITIONS
+from ..preference.scoring import ScoredRow
+from ..preference.writing import Evaluation, write_evaluation
 from .session import Session, open_session
 
-FROM_RECIPE = ("model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len",
-               "dataset_filter", "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16",
-               "quantize_vision", "quantization_type", "quantization_method", "double_quantization", "infer_dtype")  # fmt: skip
+FROM_RECIPE = (
+    "model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len", "dataset_filter",
+    "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16", "quantize_vision",
+    "quantization_type", "quantization_method", "double_quantization", "infer_dtype",
+)  # fmt: skip
 ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejected_ids")  # what a score depends on
 
 
-def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> list[dict]:
-    """Scores the recipe's model on its eval_dataset into `folder`; returns the pairs with their true image."""
+class Saved:
+    """An append-only file of records, which an interrupted run leaves and the next run of the same work continues.
+
+    Its first line holds a key that names the work. `records` are those of an earlier run with the same key; a file of
+    other work, or with restart, starts anew, and a last line that was cut off is dropped.
+    """
+
+    def __init__(self, path: Path, key: str, restart: bool = False):
+        self.path = path
+        self.records: list[dict[str, Any]] = [] if restart or not path.exists() else _read(path, key)
+        write_atomic(path, "".join(map(json_line, [{"key": key}, *self.records])))
+
+    @contextmanager
+    def appending(self, total: int, there: int, unit: str, name: str) -> Iterator[Callable[[list[dict]], None]]:
+        """A function that appends records, under a progress bar from `there` to `total`."""
+        with self.path.open("a", encoding="utf-8") as out, tqdm(total=total, initial=there, unit=unit, desc=name) as bar:
+
+            def add(records: list[dict[str, Any]]) -> None:
+                out.writelines(map(json_line, records))
+                out.flush()
+                bar.update(len(records))
+
+            yield add
+
+
+def _read(path: Path, key: str) -> list[dict[str, Any]]:
+    first, *rest = whole_lines(path.read_bytes()).decode("utf-8").splitlines() or [""]
+    try:
+        return [json.loads(line) for line in rest] if json.loads(first).get("key") == key else []
+    except (json.JSONDecodeError, AttributeError):
+        return []
+
+
+def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> Evaluation:
+    """Scores the recipe's model on its eval_dataset into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return evaluate_session(open_session(recipe, str(folder)), folder, restart)
 
 
-def evaluate_session(session: Session, folder: Path, restart: bool = False) -> list[dict]:
+def evaluate_session(session: Session, folder: Path, restart: bool = False) -> Evaluation:
     """`evaluate` with a model that is loaded already."""
-    conditions = evaluation.CONDITIONS if session.arguments.grounding_eval else ("true",)
-    scored = {}
-    for condition in conditions:
-        records = score(session, folder, condition, restart)
-        scored[condition], unusable = evaluation.merge([records])
-        if not scored[condition]:
-            raise SystemExit(f"No pair could be scored: {unusable[0]['bad_image'] if unusable else 'no rows'}")
-        suffix = "" if condition == "true" else f"_{condition}"
-        preference.write_pairs(folder / f"preference_pairs{suffix}.jsonl", evaluation.public(scored[condition]))
-    summary = preference.summarize(scored["true"], session.beta, session.arguments.eval_min_subset)
-    grounding = preference.grounding(*(scored[c] for c in conditions)) if len(conditions) > 1 else None
-    names = ",".join(sorted(set(session.rows["dataset"])))
-    entry = {"step": 0, "epoch": 0.0, "dataset": names, "metrics": summary, "grounding": grounding}
-    preference.append_history(folder / "preference_eval.json", entry)
-    evaluation.write_examples(
-        folder, session.rows, scored["true"], session.tokenizer, session.arguments.eval_examples
-    )
-    print_summary(model_label(session.recipe), names, summary, grounding)
-    print(f"  {folder}/preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl")
-    return evaluation.public(scored["true"])
+    conditions = CONDITIONS if session.arguments.grounding_eval else ("true",)
+    merged = {condition: scoring.merge([score(session, folder, condition, restart)]) for condition in conditions}
+    evaluation = Evaluation.of(merged, session.beta, session.arguments.eval_min_subset)
+    count = session.arguments.eval_examples
+    write_evaluation(folder, session.rows, evaluation, session.tokenizer, count, step=0, epoch=0.0)
+    return evaluation
 
 
-def score(session: Session, folder: Path, condition: str, restart: bool) -> list[dict]:
-    """Records of all rows; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
-    saved = folder / f".scored_{condition}.jsonl"
-    key = fingerprint(session)
-    done = [] if restart else read_saved(saved, key)
-    seen = {record["position"] for record in done}
-    positions = [i for i in range(len(session.rows)) if i not in seen]
-    size = int(session.recipe.get("per_device_eval_batch_size", 8))
-    if session.arguments.group_pairs_by_image and condition != "other":
-        runs = image_runs(session.rows["image_hash"], positions, session.arguments.max_pairs_per_image)
-        positions = fill_batches(runs, size)
-    beside = saved.with_name(saved.name + ".new")  # drops a cut last line, or another model's records
-    beside.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *done]))
-    beside.replace(saved)
-    if not positions:
+def score(session: Session, folder: Path, condition: str, restart: bool) -> list[ScoredRow]:
+    """All rows scored; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
+    saved = Saved(folder / f".scored_{condition}.jsonl", fingerprint(session), restart)
+    done = [ScoredRow.from_json(record) for record in saved.records]
+    seen = {row.position for row in done}
+    waiting = [i for i in range(len(session.rows)) if i not in seen]
+    if not waiting:
         return done
-    with saved.open("a") as out, tqdm(total=len(session.rows), initial=len(done), unit="pair", desc=condition) as bar:
-
-        def keep(records: list[dict]) -> None:
-            out.writelines(json.dumps(record) + "\n" for record in records)
-            out.flush()
-            bar.update(len(records))
-
-        fresh = evaluation.score(
-            session.score_batch, session.rows, positions, session.collator, size, condition,
-            num_workers=int(session.recipe.get("dataloader_num_workers", 0)), on_batch=keep,
+    size = session.batch_size
+    with saved.appending(len(session.rows), len(done), "pair", condition) as add:
+        return done + scoring.score(
+            session.score_batch, session.rows, scoring.in_groups(session.rows, waiting, size, condition, session.arguments),
+            session.collator, size, condition, num_workers=session.num_workers,
+            on_batch=lambda rows: add([row.to_json() for row in rows]),
         )  # fmt: skip
-    return done + fresh
 
 
 def fingerprint(session: Session) -> str:
@@ -87,44 +98,10 @@ def fingerprint(session: Session) -> str:
     for key in ("model_name_or_path", "adapter_name_or_path"):
         root = Path(str(parts[key]))
         if root.is_dir():
-            parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.glob("*.safetensors"))]
+            weights = sorted(root.glob("*.safetensors"))
+            parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
     rows = hashlib.sha256()
-    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), evaluation.unique_ids(session.rows)):
+    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(session.rows)):
         rows.update(json.dumps([name, *row.values()]).encode())
     parts["rows"] = rows.hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def read_saved(path: Path, key: str) -> list[dict]:
-    """Records of an interrupted run with the same fingerprint; a last line that was cut off is dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    try:
-        if json.loads(lines[0]).get("key") != key:
-            return []
-    except json.JSONDecodeError:
-        return []
-    return [json.loads(line) for line in lines[1:-1] if line]  # after the last newline: nothing, or a cut line
-
-
-def print_summary(model: str, dataset: str, summary: dict, grounding: dict | None) -> None:
-    """The numbers as a table."""
-    rows = [
-        ("preference accuracy", f"{summary['preference_accuracy']:.1%}  "
-         f"[{summary['preference_accuracy_low']:.1%}, {summary['preference_accuracy_high']:.1%}]"),
-        ("  by summed log-prob", f"{summary['preference_accuracy_sum']:.1%}"),
-        ("margin (nats per token)", f"{summary['logps/margin']:.4f}"),
-        ("log-prob chosen / rejected", f"{summary['logps/chosen']:.4f} / {summary['logps/rejected']:.4f}"),
-        ("SFT loss", f"{summary['sft_loss']:.4f}"),
-        ("odds-ratio loss", f"{summary['odds_ratio_loss']:.4f}"),
-    ]  # fmt: skip
-    for name in ("grey", "other"):
-        if grounding:
-            rows.append((f"accuracy, {name} image", f"{grounding[name]['preference_accuracy']:.1%}"))
-    for group in ("source", "question_type"):
-        if len(summary["subsets"][group]) > 1:
-            rows += [(f"  {k}", f"{m['preference_accuracy']:.1%}  (n={m['n']})") for k, m in summary["subsets"][group].items()]
-    print(f"\n{model} on {dataset}, {summary['n']} pairs")
-    for label, value in rows:
-        print(f"  {label:<28}{value}")

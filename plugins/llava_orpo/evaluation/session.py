@@ -6,19 +6,18 @@ is loaded exactly as `llamafactory-cli` would.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..autoload import PLUGIN_NAME, install
+from .. import PLUGIN_NAME, autoload
+from ..errors import UserError
 from ..integration import run
-from ..step import attention as shared_attention
 from ..step.collator import SharedPrefixCollator
-from ..step.model import keep_four_bit_trainable
-from ..step.packing import response_logps
-from ..step.vision_tower import skip_unread_vision_layers
+from ..step.model import PackedLogps, packed_logps, prepare
+from ..training import workflow
 
 TRAINING_ONLY = (
     "dataset", "do_train", "deepspeed", "fsdp", "fsdp_config", "eval_on_start", "eval_strategy", "eval_steps",
@@ -30,7 +29,7 @@ TRAINING_ONLY = (
 
 @dataclass
 class Session:
-    """A loaded recipe. `rows` are tokenized pairs (see `pairs.PairProcessor`), `arguments` the plugin's keys."""
+    """A loaded recipe. `rows` are tokenized pairs (see `data.pairs.PairProcessor`), `arguments` the plugin's keys."""
 
     model: torch.nn.Module
     tokenizer: Any
@@ -47,30 +46,40 @@ class Session:
     def device(self) -> torch.device:
         return next(p.device for p in self.model.parameters())
 
+    @property
+    def batch_size(self) -> int:
+        return int(self.recipe.get("per_device_eval_batch_size", 8))
+
+    @property
+    def num_workers(self) -> int:
+        return int(self.recipe.get("dataloader_num_workers", 0))
+
+    def precision(self) -> AbstractContextManager:
+        """The autocast that the recipe's bf16 or fp16 asks for."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
     @torch.no_grad()
+    def forward(self, batch: dict[str, Any]) -> PackedLogps:
+        """One forward over a collated batch, in the recipe's precision."""
+        with self.precision():
+            return packed_logps(self.model, batch, self.device)
+
     def score_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """{"logps": (2n,), "lengths": (2n,)} of a collated batch: summed log-probs in nats, chosen first."""
-        packed = batch["packed"].to(self.device)
-        images = {key: batch[key].to(self.device) for key in ("pixel_values", "image_sizes") if key in batch}
-        context = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        with skip_unread_vision_layers(shared_attention.unwrap(self.model)), context:
-            logits = shared_attention.packed_forward(self.model, packed, **images)
-        sums, lengths = response_logps(logits, packed)
-        return {"logps": sums, "lengths": lengths}
+        """{"logps": (2n,)} of a collated batch: summed log-probs in nats, chosen first."""
+        return {"logps": self.forward(batch).sums}
 
 
 def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True) -> Session:
     """Loads model, processor and the recipe's `eval_dataset`. Training keys of the recipe are ignored.
 
-    Raises ValueError when the recipe names no eval_dataset, and whatever loading raises.
+    Raises UserError when the recipe names no eval_dataset, and whatever loading raises.
     """
     if need_rows and not recipe.get("eval_dataset"):
-        raise ValueError("The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json).")
-    install()
+        raise UserError("The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json).")
+    autoload.install()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
-    from llamafactory.train.dpo import workflow
 
     keys = {key: value for key, value in recipe.items() if key not in TRAINING_ONLY}
     keys.update(plugins=PLUGIN_NAME, stage="dpo", do_train=False, do_eval=need_rows, report_to="none")
@@ -78,27 +87,23 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
     if not keys.get("adapter_name_or_path"):
         keys.setdefault("finetuning_type", "lora")
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(keys)
-    arguments = run.current().arguments
+    running = run.current()
 
+    if need_rows:
+        workflow.check(running, model_args, data_args, training_args, finetuning_args)
     module = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    tokenizer, processor = module["tokenizer"], module["processor"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
     rows = None
     if need_rows:
-        rows = workflow.get_dataset(template, model_args, data_args, training_args, stage="rm", **module)["eval_dataset"]
-    model = load_model(module["tokenizer"], model_args, finetuning_args, is_trainable=False)
+        rows = workflow.read_rows(running, template, module, model_args, data_args, training_args)["eval_dataset"]
+    model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
         model.to(training_args.device)
-    backend, _ = shared_attention.choose_backend(training_args.device, arguments.attention_backend)
-    shared_attention.enable(model, backend)
-    keep_four_bit_trainable(model)  # the numbers are those of the trainer's own evaluation
-    collator = SharedPrefixCollator(
-        module["processor"],
-        shared_attention.unwrap(model).config.image_token_id,
-        arguments.group_pairs_by_image,
-        arguments.max_pairs_per_image,
-    )
+    prepare(model, training_args.device, running.arguments.attention_backend)
+    collator = SharedPrefixCollator.of(processor, model, running.arguments)
     autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     return Session(
-        model.eval(), module["tokenizer"], module["processor"], template, rows, collator, arguments, recipe,
+        model.eval(), tokenizer, processor, template, rows, collator, running.arguments, recipe,
         finetuning_args.pref_beta, autocast,
     )  # fmt: skip

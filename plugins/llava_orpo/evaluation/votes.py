@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..preference.metrics import wilson_interval
 from .answer_pairs import OUTCOMES, AnswerPair, tally
 
@@ -33,9 +34,9 @@ class VoteStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, rater: str) -> Path:
-        """The rater's file. Raises ValueError for a name that is not 1 to 40 of A-Z a-z 0-9 _ . -"""
+        """The rater's file. Raises UserError for a name that is not 1 to 40 of A-Z a-z 0-9 _ . -"""
         if not RATER.fullmatch(rater):
-            raise ValueError(
+            raise UserError(
                 "A rater's name has 1 to 40 letters, digits, '_', '.' or '-', and starts with a letter or digit."
             )
         return self.folder / f"{rater}.jsonl"
@@ -47,7 +48,7 @@ class VoteStore:
             choice: "left", "right" or "tie"; flipped: model b stood on the left.
         """
         if choice not in CHOICES:
-            raise ValueError(f"A choice is one of {', '.join(CHOICES)}; got {choice!r}.")
+            raise UserError(f"A choice is one of {', '.join(CHOICES)}; got {choice!r}.")
         outcome = "tie" if choice == "tie" else "ab"[(choice == "right") != flipped]
         vote = {"key": pair.key, "dataset": pair.dataset, "pair_id": pair.pair_id, "choice": choice,
                 "flipped": flipped, "outcome": outcome, "time": round(time.time(), 3)}  # fmt: skip
@@ -61,7 +62,7 @@ class VoteStore:
     def outcomes(self, rater: str, pairs: Sequence[AnswerPair]) -> dict[str, str]:
         """{pair key: "a" | "b" | "tie"} of the rater's last vote on each of these pairs.
 
-        Raises ValueError for a damaged line, named.
+        Raises UserError for a damaged line, named.
         """
         path, wanted = self.path(rater), {pair.key for pair in pairs}
         if not path.exists():
@@ -74,11 +75,11 @@ class VoteStore:
                 vote = json.loads(line)
                 key, outcome = vote["key"], vote["outcome"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}:{number}: not a vote ({error}). Repair or delete the line."
                 ) from error
             if outcome not in OUTCOMES:
-                raise ValueError(f"{path}:{number}: outcome {outcome!r} is none of {', '.join(OUTCOMES)}.")
+                raise UserError(f"{path}:{number}: outcome {outcome!r} is none of {', '.join(OUTCOMES)}.")
             if key in wanted:
                 votes[key] = outcome
         return votes

@@ -23,12 +23,13 @@ from ..checkpoint.files import CheckpointError, read_json
 from ..data import images, rows
 from ..data.anyres import AnyresGeometry
 from ..data.conversation import CONVERSATIONS, Conversation, expand_image_token
+from ..errors import UserError
 
 HELDOUT_FRACTION = 0.02  # the default of the recipe key heldout_fraction
 PROBE = "What is in the picture?"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Calibration data that cannot be used; the message names the file or entry and the remedy."""
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
+
 # What a set's publisher says, read from its dataset card; other sets have to be named with --licence.
 DATA = {
     "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
@@ -33,12 +35,12 @@ MADE_BY = "<!-- Written by scripts/model_card.py of LLaVA-ORPO. -->"
 
 
 def sources(recipe: dict[str, Any], registry: dict[str, dict]) -> dict[str, str]:
-    """{registered name: Hub id or file} of the recipe's training sets. Raises SystemExit for an unregistered name."""
+    """{registered name: Hub id or file} of the recipe's training sets. Raises UserError for an unregistered name."""
     found = {}
     for name in str(recipe["dataset"]).split(","):
         name = name.strip()
         if name not in registry:
-            raise SystemExit(f"The recipe trains on {name!r}, which dataset_info.json does not hold.")
+            raise UserError(f"The recipe trains on {name!r}, which dataset_info.json does not hold.")
         entry = registry[name]
         found[name] = entry.get("hf_hub_url") or Path(entry["file_name"]).name
     return found

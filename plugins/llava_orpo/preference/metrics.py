@@ -1,6 +1,6 @@
 """Per-pair scores to preference metrics: accuracy with its interval, margins, subsets, paired comparisons.
 
-Pairs are dicts as described in ``scored_pairs``. ORPO compares mean log-probs (arXiv 2403.07691, 4.1), so
+Pairs are `records.ScoredPair`. ORPO compares mean log-probs (arXiv 2403.07691, 4.1), so
 "margin" here is the mean log-prob of chosen minus that of rejected, in nats per token. All sums are exact
 (``math.fsum``): no result depends on the order of the pairs, on batches or on processes.
 """
@@ -14,25 +14,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import stats
 
-from .records import (
-    Pair,
-    append_history,
-    check_pair,
-    is_correct,
-    margin,
-    mean_logps,
-    read_history,
-    read_pairs,
-    write_pairs,
-)
+from ..errors import UserError
+from .records import ScoredPair
 
-__all__ = [
-    "Pair", "append_history", "compare", "grounding", "is_correct", "log_odds_ratio", "margin", "mean_logps",
-    "read_history", "read_pairs", "summarize", "wilson_interval", "write_pairs",
-]  # fmt: skip
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUP_KEYS = ("source", "question_type", "subset")
-# log(1 - p) is taken at most here, as orpo.log1m_exp does in float32, in which log-probs are computed: nearer to
+# log(1 - p) is taken at most here, as step.orpo.log1m_exp does in float32, in which log-probs are computed: nearer to
 # certainty they are below their own rounding error, and at p = 1 the odds would be infinite.
 _MAX_LOGP = -(2.0**-23)
 
@@ -43,7 +30,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def summarize(pairs: Sequence[Pair], beta: float, min_subset: int = 20) -> dict:
+def summarize(pairs: Sequence[ScoredPair], beta: float, min_subset: int = 20) -> dict:
     """All metrics of one scored set.
 
     Args:
@@ -61,16 +48,16 @@ def summarize(pairs: Sequence[Pair], beta: float, min_subset: int = 20) -> dict:
         The Wilson interval takes pairs as independent; where images repeat, ``compare`` resamples images.
 
     Raises:
-        ValueError: no pairs, a pair twice, mixed image conditions, or an impossible score (named).
+        UserError: no pairs, a pair twice, mixed image conditions.
     """
     _check_set(pairs)
     metrics = _flat_metrics(pairs, beta)
     metrics["subsets"] = {}
     metrics["small_subsets"] = {}
     for key in GROUP_KEYS:
-        groups: dict[str, list[Pair]] = {}
+        groups: dict[str, list[ScoredPair]] = {}
         for pair in pairs:
-            groups.setdefault(pair[key], []).append(pair)
+            groups.setdefault(getattr(pair, key), []).append(pair)
         large = {name: group for name, group in sorted(groups.items()) if len(group) >= min_subset}
         metrics["subsets"][key] = {name: _flat_metrics(group, beta) for name, group in large.items()}
         metrics["small_subsets"][key] = {
@@ -79,7 +66,7 @@ def summarize(pairs: Sequence[Pair], beta: float, min_subset: int = 20) -> dict:
     return metrics
 
 
-def compare(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair], seed: int = 0, n_boot: int = 2000) -> dict:
+def compare(pairs_a: Sequence[ScoredPair], pairs_b: Sequence[ScoredPair], seed: int = 0, n_boot: int = 2000) -> dict:
     """Paired comparison of two models (or two image conditions) on the same pairs; differences are a minus b.
 
     The 95 % percentile bootstrap resamples images with all their pairs, since answers on one image are not
@@ -93,23 +80,23 @@ def compare(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair], seed: int = 0, n_b
         None when all pairs share one image: there is nothing to resample.
 
     Raises:
-        ValueError: the two sides do not hold the same pairs (missing ids named), or one is not a valid set.
+        UserError: the two sides do not hold the same pairs (missing ids named), or one is not a valid set.
     """
     _check_set(pairs_a)
     _check_set(pairs_b)
-    side_a = {_key(pair): pair for pair in pairs_a}
-    side_b = {_key(pair): pair for pair in pairs_b}
+    side_a = {pair.key: pair for pair in pairs_a}
+    side_b = {pair.key: pair for pair in pairs_b}
     _check_same_pairs(side_a, side_b)
-    counts = Counter((is_correct(side_a[key]), is_correct(side_b[key])) for key in side_a)
+    counts = Counter((side_a[key].correct, side_b[key].correct) for key in side_a)
     only_a, only_b = counts[True, False], counts[False, True]
 
     images: dict[tuple, list[tuple]] = {}
     for key, pair in side_a.items():
-        images.setdefault((pair["image_hash"],) if pair["image_hash"] else key, []).append(key)
+        images.setdefault((pair.image_hash,) if pair.image_hash else key, []).append(key)
     clusters = [images[image] for image in sorted(images)]
     sizes = np.array([len(keys) for keys in clusters], dtype=np.float64)
-    hits = np.array([sum(is_correct(side_a[k]) - is_correct(side_b[k]) for k in keys) for keys in clusters])
-    gains = np.array([math.fsum(margin(side_a[k]) - margin(side_b[k]) for k in keys) for keys in clusters])
+    hits = np.array([sum(side_a[k].correct - side_b[k].correct for k in keys) for keys in clusters])
+    gains = np.array([math.fsum(side_a[k].margin - side_b[k].margin for k in keys) for keys in clusters])
     n = len(side_a)
     hit_low, hit_high = _cluster_bootstrap(hits.astype(np.float64), sizes, seed, n_boot)
     gain_low, gain_high = _cluster_bootstrap(gains, sizes, seed, n_boot)
@@ -121,7 +108,7 @@ def compare(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair], seed: int = 0, n_b
         "difference": (only_a - only_b) / n,
         "difference_low": hit_low,
         "difference_high": hit_high,
-        "margin_difference": math.fsum(margin(side_a[k]) - margin(side_b[k]) for k in side_a) / n,
+        "margin_difference": math.fsum(side_a[k].margin - side_b[k].margin for k in side_a) / n,
         "margin_difference_low": gain_low,
         "margin_difference_high": gain_high,
         "both": counts[True, True],
@@ -135,7 +122,7 @@ def compare(pairs_a: Sequence[Pair], pairs_b: Sequence[Pair], seed: int = 0, n_b
 
 
 def grounding(
-    true: Sequence[Pair], grey: Sequence[Pair], other: Sequence[Pair], seed: int = 0, n_boot: int = 2000
+    true: Sequence[ScoredPair], grey: Sequence[ScoredPair], other: Sequence[ScoredPair], seed: int = 0, n_boot: int = 2000
 ) -> dict:
     """How much of the preference comes from the image (the question mDPO asks, arXiv 2406.11839).
 
@@ -155,15 +142,15 @@ def grounding(
     return result
 
 
-def _flat_metrics(pairs: Sequence[Pair], beta: float) -> dict:
-    chosen, rejected = np.array([mean_logps(pair) for pair in pairs], dtype=np.float64).T
+def _flat_metrics(pairs: Sequence[ScoredPair], beta: float) -> dict:
+    chosen, rejected = np.array([pair.mean_logps for pair in pairs], dtype=np.float64).T
     margins = chosen - rejected
-    chosen_tokens = np.array([pair["chosen_tokens"] for pair in pairs])
-    rejected_tokens = np.array([pair["rejected_tokens"] for pair in pairs])
+    chosen_tokens = np.array([pair.chosen_tokens for pair in pairs])
+    rejected_tokens = np.array([pair.rejected_tokens for pair in pairs])
     log_odds = log_odds_ratio(chosen, rejected)
     odds_ratio_loss = np.logaddexp(0.0, -log_odds)  # -log sigmoid
     metrics = _accuracy_metrics(pairs)
-    by_sum = sum(pair["chosen_logp"] > pair["rejected_logp"] for pair in pairs)
+    by_sum = sum(pair.chosen_logp > pair.rejected_logp for pair in pairs)
     metrics["preference_accuracy_sum"] = by_sum / len(pairs)
     metrics |= {
         "rewards/chosen": _mean(beta * chosen),
@@ -193,16 +180,16 @@ def _flat_metrics(pairs: Sequence[Pair], beta: float) -> dict:
     return metrics
 
 
-def _accuracy_metrics(pairs: Sequence[Pair]) -> dict:
-    correct = sum(map(is_correct, pairs))
+def _accuracy_metrics(pairs: Sequence[ScoredPair]) -> dict:
+    correct = sum(pair.correct for pair in pairs)
     low, high = wilson_interval(correct, len(pairs))
     return {
         "n": len(pairs),
         "preference_accuracy": correct / len(pairs),
         "preference_accuracy_low": low,
         "preference_accuracy_high": high,
-        "ties": sum(chosen == rejected for chosen, rejected in map(mean_logps, pairs)),
-        "logps/margin": _mean([margin(pair) for pair in pairs]),
+        "ties": sum(chosen == rejected for chosen, rejected in (pair.mean_logps for pair in pairs)),
+        "logps/margin": _mean(pair.margin for pair in pairs),
     }
 
 
@@ -248,22 +235,17 @@ def _cluster_bootstrap(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _key(pair: Pair) -> tuple[str, str]:
-    return pair["dataset"], pair["pair_id"]
-
-
-def _check_set(pairs: Sequence[Pair]) -> None:
+def _check_set(pairs: Sequence[ScoredPair]) -> None:
     if not pairs:
-        raise ValueError("No scored pairs: the evaluation set is empty.")
+        raise UserError("No scored pairs: the evaluation set is empty.")
     seen = set()
     for pair in pairs:
-        check_pair(pair, f"pair {pair.get('pair_id')!r}")
-        if _key(pair) in seen:
-            raise ValueError(f"Pair {pair['pair_id']!r} of dataset {pair['dataset']!r} is in one set twice.")
-        seen.add(_key(pair))
-    conditions = sorted({pair["image_condition"] for pair in pairs})
+        if pair.key in seen:
+            raise UserError(f"Pair {pair.pair_id!r} of dataset {pair.dataset!r} is in one set twice.")
+        seen.add(pair.key)
+    conditions = sorted({pair.image_condition for pair in pairs})
     if len(conditions) > 1:
-        raise ValueError(f"Image conditions {conditions} are mixed in one set: summarize one at a time.")
+        raise UserError(f"Image conditions {conditions} are mixed in one set: summarize one at a time.")
 
 
 def _check_same_pairs(side_a: dict, side_b: dict) -> None:
@@ -272,7 +254,7 @@ def _check_same_pairs(side_a: dict, side_b: dict) -> None:
         if missing:
             ids = ", ".join(repr(pair_id) for _, pair_id in sorted(missing)[:5])
             more = ", ..." if len(missing) > 5 else ""
-            raise ValueError(
+            raise UserError(
                 f"{len(missing)} pair(s) missing from the {name} set: {ids}{more}."
                 " Score both on the same dataset and split."
             )

@@ -80,7 +80,7 @@ def summaries(after: Run, before: Run | None, min_subset: int) -> list[dict]:
     tables = []
     sets = {entry["dataset"] for entry in after.history}
     covered = {name for dataset in sets for name in dataset.split(",")}
-    for dataset in sets | ({pair["dataset"] for pair in after.pairs["true"]} - covered):
+    for dataset in sets | ({pair.dataset for pair in after.pairs["true"]} - covered):
         entries = [entry for entry in after.history if entry["dataset"] == dataset]
         pairs = _pairs_of(after, dataset)
         table = {
@@ -215,7 +215,7 @@ def grounding_chart(after: Run, before: Run | None, tables: list[dict], figures:
 def _pairs_of(run: Run, dataset: str, condition: str = "true") -> list:
     """Pairs of an evaluation set; one made of several datasets is named by all of them, joined by commas."""
     names = dataset.split(",")
-    return [pair for pair in run.pairs[condition] if pair["dataset"] in names]
+    return [pair for pair in run.pairs[condition] if pair.dataset in names]
 
 
 def _measure_grounding(run: Run, dataset: str) -> dict | None:

@@ -17,7 +17,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from ..preference.metrics import Pair, margin
+from ..preference.records import ScoredPair
 
 # Mid-tones that stand out on white and on near-black and differ for colour-blind readers.
 BEFORE, AFTER, THIRD = "#8b95a1", "#2f86d6", "#e08a1e"
@@ -100,9 +100,9 @@ def accuracy_by_group(rows: Sequence[dict]) -> figure:
     return plot
 
 
-def margin_histogram(sides: Sequence[tuple[str, Sequence[Pair], str]]) -> figure:
+def margin_histogram(sides: Sequence[tuple[str, Sequence[ScoredPair], str]]) -> figure:
     """Share of pairs per margin bin; the bins are common to all sides (label, pairs, color)."""
-    margins = {label: np.array([margin(pair) for pair in pairs]) for label, pairs, _ in sides}
+    margins = {label: np.array([pair.margin for pair in pairs]) for label, pairs, _ in sides}
     every = np.concatenate(list(margins.values()))
     edges = np.histogram_bin_edges(every, bins=min(40, max(10, int(np.sqrt(len(every) / len(sides)) * 2))))
     plot = _figure("margin, nats per token", "share of pairs", percent=True)
@@ -119,7 +119,7 @@ def margin_histogram(sides: Sequence[tuple[str, Sequence[Pair], str]]) -> figure
     return plot
 
 
-def margin_by_length(pairs: Sequence[Pair], color: str) -> tuple[figure, int]:
+def margin_by_length(pairs: Sequence[ScoredPair], color: str) -> tuple[figure, int]:
     """Margin against how many tokens longer the chosen response is; also the number of points drawn."""
     if len(pairs) > MAX_POINTS:
         pairs = [pairs[i] for i in np.random.default_rng(0).choice(len(pairs), MAX_POINTS, replace=False)]
@@ -128,9 +128,9 @@ def margin_by_length(pairs: Sequence[Pair], color: str) -> tuple[figure, int]:
     plot.hspan(y=[0], **REFERENCE_LINE)
     source = ColumnDataSource(
         {
-            "difference": [pair["chosen_tokens"] - pair["rejected_tokens"] for pair in pairs],
-            "margin": [margin(pair) for pair in pairs],
-            "pair_id": [pair["pair_id"] for pair in pairs],
+            "difference": [pair.chosen_tokens - pair.rejected_tokens for pair in pairs],
+            "margin": [pair.margin for pair in pairs],
+            "pair_id": [pair.pair_id for pair in pairs],
         }
     )
     alpha = 0.6 if len(pairs) < 500 else 0.3

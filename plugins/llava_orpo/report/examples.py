@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from ..preference.metrics import Pair, margin, mean_logps
+from ..preference.records import ScoredPair
 from .inputs import Key, Run, Texts
 
 
@@ -20,15 +20,15 @@ class Example:
 
     key: Key
     texts: Texts
-    after: Pair | None
-    before: Pair | None
+    after: ScoredPair | None
+    before: ScoredPair | None
     rank: int
     place: int
 
     @property
     def subset(self) -> str:
         scored = self.after or self.before
-        return scored["subset"] if scored else ""
+        return scored.subset if scored else ""
 
     @property
     def status(self) -> str:
@@ -44,11 +44,11 @@ class Example:
 
     @property
     def margin(self) -> float | None:
-        return margin(self.after) if self.after else None
+        return self.after.margin if self.after else None
 
     @property
     def margin_before(self) -> float | None:
-        return margin(self.before) if self.before else None
+        return self.before.margin if self.before else None
 
     @property
     def gain(self) -> float | None:
@@ -57,13 +57,13 @@ class Example:
     def responses(self) -> list[dict]:
         """Chosen and rejected: {"name", "parts": [(text, differs)], "tokens", "logp", "logp_before"}."""
         parts = mark_differences(self.texts.chosen, self.texts.rejected)
-        means = mean_logps(self.after) if self.after else (None, None)
-        earlier = mean_logps(self.before) if self.before else (None, None)
+        means = self.after.mean_logps if self.after else (None, None)
+        earlier = self.before.mean_logps if self.before else (None, None)
         return [
             {
                 "name": name,
                 "parts": parts[side],
-                "tokens": self.after[f"{name}_tokens"] if self.after else None,
+                "tokens": getattr(self.after, f"{name}_tokens") if self.after else None,
                 "logp": means[side],
                 "logp_before": earlier[side],
             }
@@ -74,9 +74,9 @@ class Example:
 def choose_examples(after: Run, before: Run | None, texts: dict[Key, Texts], limit: int) -> list[Example]:
     """At most ``limit`` examples: highest and lowest margins in turn, so that a cut keeps both ends; then the
     pairs that were not scored."""
-    scores = {(pair["dataset"], pair["pair_id"]): pair for pair in after.pairs["true"]}
-    earlier = {(pair["dataset"], pair["pair_id"]): pair for pair in before.pairs["true"]} if before else {}
-    by_margin = sorted((key for key in texts if key in scores), key=lambda key: (-margin(scores[key]), key))
+    scores = {pair.key: pair for pair in after.pairs["true"]}
+    earlier = {pair.key: pair for pair in before.pairs["true"]} if before else {}
+    by_margin = sorted((key for key in texts if key in scores), key=lambda key: (-scores[key].margin, key))
     half = (len(by_margin) + 1) // 2
     best, worst = by_margin[:half], by_margin[half:][::-1]
     alternating = [key for pair in zip(best, worst, strict=False) for key in pair] + best[len(worst) :]
@@ -108,8 +108,8 @@ def mark_differences(chosen: str, rejected: str) -> tuple[list[tuple[str, bool]]
     return parts
 
 
-def _status(pair: Pair | None) -> str:
+def _status(pair: ScoredPair | None) -> str:
     if pair is None:
         return "unscored"
-    chosen, rejected = mean_logps(pair)
+    chosen, rejected = pair.mean_logps
     return "correct" if chosen > rejected else "tie" if chosen == rejected else "incorrect"

@@ -1,4 +1,4 @@
-"""What `report.py` reads: an output folder (scores, history, training log), texts and images of examples."""
+"""What `evals/report.py` reads: an output folder (scores, history, training log), texts and images of examples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..preference.metrics import Pair, read_history, read_pairs
+from ..errors import UserError
+from ..files import inside, read_jsonl
+from ..preference.records import CONDITIONS, ScoredPair, read_history, read_pairs
+from ..preference.writing import EXAMPLES, HISTORY, PAIRS
 
-CONDITIONS = ("true", "grey", "other")
 Key = tuple[str, str]  # (dataset, pair_id)
 # trainer_log.jsonl has LLaMA-Factory's names for what trainer_state.json calls by TRL's.
 _TRAINER_LOG_NAMES = {"current_steps": "step", "lr": "learning_rate", "accuracy": "rewards/accuracies"}
@@ -20,7 +22,7 @@ class Run:
     entries under the names of ``trainer_state.json``; whatever the folder lacks is empty."""
 
     folder: Path
-    pairs: dict[str, list[Pair]]
+    pairs: dict[str, list[ScoredPair]]
     history: list[dict]
     log: list[dict]
     facts: dict[str, str]
@@ -42,19 +44,17 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a damaged file, named with its line.
+        UserError: a damaged file, named with its line.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder. Give a recipe's or evals/preference.py's output_dir."
         )
-    pairs: dict[str, list[Pair]] = {condition: [] for condition in CONDITIONS}
-    for path in sorted(
-        folder.glob("preference_pairs*.jsonl")
-    ):  # a file per evaluation set and image condition
+    pairs: dict[str, list[ScoredPair]] = {condition: [] for condition in CONDITIONS}
+    for path in sorted(folder.glob(f"{PAIRS}*.jsonl")):  # a file per evaluation set and image condition
         for pair in read_pairs(path):
-            pairs[pair["image_condition"]].append(pair)
-    history_file = folder / "preference_eval.json"
+            pairs[pair.image_condition].append(pair)
+    history_file = folder / HISTORY
     history = read_history(history_file) if history_file.exists() else []
     return Run(folder, pairs, history, _read_training_log(folder), _read_facts(folder))
 
@@ -65,10 +65,10 @@ def read_texts(run: Run, generations: Path | None) -> dict[Key, Texts]:
     Both name images relative to their own folder; ``generations`` defaults to the file in the run's folder.
 
     Raises:
-        ValueError: a line without its texts, or an image outside the file's folder (named ``file:line``).
+        UserError: a line without its texts, or an image outside the file's folder (named ``file:line``).
     """
     texts: dict[Key, Texts] = {}
-    for path in (run.folder / "preference_examples.jsonl", generations or run.folder / "generations.jsonl"):
+    for path in (run.folder / EXAMPLES, generations or run.folder / "generations.jsonl"):
         if not path.exists():
             if path == generations:
                 raise FileNotFoundError(f"{path}: no such file. evals/generate.py writes it.")
@@ -76,12 +76,12 @@ def read_texts(run: Run, generations: Path | None) -> dict[Key, Texts]:
         for where, line in _read_jsonl(path):
             for field in ("dataset", "pair_id", "question", "chosen", "rejected"):
                 if not isinstance(line.get(field), str):
-                    raise ValueError(f"{where}: field {field!r} must be a string, got {line.get(field)!r}.")
+                    raise UserError(f"{where}: field {field!r} must be a string, got {line.get(field)!r}.")
             answers = line.get("answers") or {}
             if not isinstance(answers, dict) or not all(
                 isinstance(answer, str) for answer in answers.values()
             ):
-                raise ValueError(f"{where}: 'answers' must map model names to strings.")
+                raise UserError(f"{where}: 'answers' must map model names to strings.")
             key = (line["dataset"], line["pair_id"])
             earlier = texts.get(key)
             image = _image_path(path.parent, line.get("image"), where)
@@ -99,13 +99,8 @@ def _image_path(folder: Path, image: dict | None, where: str) -> Path | None:
     if image is None:
         return None
     if not isinstance(image, dict) or not isinstance(image.get("path"), str):
-        raise ValueError(f"{where}: 'image' must be null or an object with a 'path'.")
-    path = (folder / image["path"]).resolve()
-    if not path.is_relative_to(
-        folder.resolve()
-    ):  # a page made to be shared shows no other file of this machine
-        raise ValueError(f"{where}: image path {image['path']!r} leaves the folder of the file.")
-    return path
+        raise UserError(f"{where}: 'image' must be null or an object with a 'path'.")
+    return inside(folder, image["path"], where)  # a page made to be shared shows no other file of this machine
 
 
 def _read_training_log(folder: Path) -> list[dict]:
@@ -122,17 +117,10 @@ def _read_training_log(folder: Path) -> list[dict]:
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    entries = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}). Delete it or make the file again.") from error
-            if not isinstance(entry, dict):
-                raise ValueError(f"{where}: expected an object, got {type(entry).__name__}.")
-            entries.append((where, entry))
+    entries = read_jsonl(path, "Delete it or make the file again.")
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: expected an object, got {type(entry).__name__}.")
     return entries
 
 

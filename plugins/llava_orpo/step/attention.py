@@ -7,7 +7,8 @@ it is the implementation the user chose.
 
 Packed rows, per group: the root is plain causal `scaled_dot_product_attention` (is_causal, so CUDA and CPU
 take their flash kernels), all tails are one call on the keys [root | tails] with a mask made once per batch.
-No T x T mask exists. The last layer runs only at the rows that are read (`last_layer.py`). transformers is imported when a model is enabled, not before.
+No T x T mask exists. The last layer runs only at the positions that are read (`last_layer.py`). transformers is
+imported when a model is enabled, not before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from . import last_layer
 from .packing import PackedBatch, SharedPrefixLayout
 
@@ -38,9 +40,9 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
     if requested == "auto":
         return "sdpa", f"auto: SDPA on {kind} (root: causal flash kernel, tails: one masked call per group)"
     if requested not in BACKENDS:
-        raise ValueError(f"unknown shared-prefix attention {requested!r}: use 'auto', 'sdpa' or 'flex'")
+        raise UserError(f"unknown shared-prefix attention {requested!r}: use 'auto', 'sdpa' or 'flex'")
     if requested == "flex" and kind != "cuda":
-        raise ValueError(f"shared-prefix attention 'flex' cannot train on {kind} (no backward): use 'sdpa'")
+        raise UserError(f"shared-prefix attention 'flex' cannot train on {kind} (no backward): use 'sdpa'")
     return requested, f"requested: {requested} on {kind}"
 
 
@@ -53,10 +55,10 @@ def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
     it cannot serve.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown shared-prefix attention {backend!r}: use one of {BACKENDS}")
+        raise UserError(f"unknown shared-prefix attention {backend!r}: use one of {BACKENDS}")
     inner = unwrap(model)
     if inner.config.model_type != "llava_next" and not text_only:
-        raise ValueError(
+        raise UserError(
             f"shared_prefix serves model type 'llava_next', not {inner.config.model_type!r}:"
             " set shared_prefix: false"
         )
@@ -92,12 +94,12 @@ def unwrap(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def packed_forward(model, packed: PackedBatch, pixel_values=None, image_sizes=None, **kwargs) -> torch.Tensor:
+def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
     """Logits (1, K, V) at `packed.logits_to_keep`, from one forward over the packed row.
 
-    pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2): one entry per group that has an
-    image, in row order. `packed` must be on the model's device. Further keywords go to the model. Raises
-    ValueError when the model was not enabled: it would ignore the layout and attend wrongly without a word.
+    image_inputs: what the model's image processor made, one entry per group that has an image, in the order of the
+    groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2)); handed to the model
+    as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would ignore the layout and attend wrongly without a word.
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call shared_attention.enable first")
@@ -107,12 +109,10 @@ def packed_forward(model, packed: PackedBatch, pixel_values=None, image_sizes=No
         position_ids=packed.position_ids,
         # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments): none of T x T is built.
         attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
-        pixel_values=pixel_values,
-        image_sizes=image_sizes,
         use_cache=False,
         logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
         shared_prefix_layout=packed.layout,
-        **kwargs,
+        **image_inputs,
     ).logits
 
 
@@ -140,13 +140,13 @@ def _attention(module, query, key, value, attention_mask, *, base: str, backend:
         if kwargs.get(option) is not None:
             raise ValueError(f"shared-prefix attention cannot serve {option}={kwargs[option]}")
     read_only = kwargs.pop("shared_prefix_read_only", False)
-    rows = len(layout.read.rows) if read_only else layout.num_tokens
+    rows = len(layout.read.positions) if read_only else layout.num_tokens
     if query.shape[0] != 1 or query.shape[2] != rows or key.shape[2] != layout.num_tokens:
         raise ValueError(
             f"the layout describes one row of {layout.num_tokens} tokens, but the model runs on query"
             f" {tuple(query.shape)} and key {tuple(key.shape)}: layout and batch do not belong together"
         )
-    attend = _read_rows_attention if read_only else _flex_attention if backend == "flex" else _sdpa_attention
+    attend = _read_positions_attention if read_only else _flex_attention if backend == "flex" else _sdpa_attention
     output = attend(query, key, value, layout, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
     return output.transpose(1, 2).contiguous(), None
 
@@ -177,8 +177,8 @@ def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float 
     return torch.cat(outputs, dim=2)
 
 
-def _read_rows_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
-    """The last layer's: queries at `layout.read.rows` only, few enough for one masked call per group."""
+def _read_positions_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
+    """The last layer's: queries at `layout.read.positions` only, few enough for one masked call per group."""
     attend, key, value = _kernel(query, key, value, scale, dropout)
     sizes = [root + tail for root, tail in layout.groups]
     rows = zip(query.split(layout.read.counts, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2))
@@ -190,7 +190,7 @@ def _flex_attention(query, key, value, layout: SharedPrefixLayout, scale: float 
     """FlexAttention over the whole row. Equality of its forward is tested on CPU; the compiled CUDA kernel
     and the backward (CUDA only in torch 2.11) were not run on the CPU machine this was written on."""
     if dropout:
-        raise ValueError(f"FlexAttention has no dropout, the model asks for {dropout}: use backend 'sdpa'")
+        raise UserError(f"FlexAttention has no dropout, the model asks for {dropout}: use backend 'sdpa'")
     flex = _compiled_flex() if query.device.type == "cuda" else _eager_flex()
     return flex(query, key, value, block_mask=layout.block_mask(), scale=scale, enable_gqa=True)
 
@@ -237,15 +237,15 @@ def _is_ours(config) -> bool:
 def _check_full_attention(config) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
-        raise ValueError(
+        raise UserError(
             f"the text model ({config.model_type}) attends in a sliding window of {window} tokens, which a"
             " shared prefix cannot reproduce: set shared_prefix: false"
         )
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
-        raise ValueError(
+        raise UserError(
             f"the text model ({config.model_type}) has layers of type {sorted(others)}; a shared prefix needs"
             " full causal attention in every layer: set shared_prefix: false"
         )
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(f"the text model ({config.model_type}) caps its logits: set shared_prefix: false")
+        raise UserError(f"the text model ({config.model_type}) caps its logits: set shared_prefix: false")

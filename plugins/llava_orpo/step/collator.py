@@ -11,8 +11,9 @@ import torch
 from ..data import images
 from ..data.conversation import full_prompt_ids
 from ..data.image_store import load_image
+from .attention import unwrap
 from .batches import image_runs
-from .packing import Pair, pack
+from .packing import TokenPair, pack
 
 
 @dataclass
@@ -21,12 +22,13 @@ class SharedPrefixCollator:
 
     Returns
         packed        PackedBatch; its pairs are in the order of `rows`
-        pixel_values  (num_groups_with_image, max tiles, 3, tile, tile), absent for text-only batches
-        image_sizes   (num_groups_with_image, 2), (height, width)
-        weights       (n,) 1.0 for a good pair, 0.0 for one whose image can't be decoded: a grey picture stands in so
-                      that the batch keeps its shape on every rank, and the pair counts nowhere
+        image_inputs  what the model's image processor makes of the images, handed to the model as it is; empty for
+                      text-only batches. LLaVA-NeXT: pixel_values (num_groups_with_image, max tiles, 3, tile, tile)
+                      and image_sizes (num_groups_with_image, 2), (height, width)
+        weights       (n,) 1.0 for a good pair, 0.0 for one whose image can't be decoded: a grey picture takes its place
+                      so that the batch keeps its shape on every rank, and the pair counts nowhere
         rows          the n rows, in packed order
-        bad_images    [(pair_id, reason), …]
+        bad_images    [(index in rows, reason), …]
 
     With `group_by_image`, pairs of one image share its tokens, at most `max_pairs_per_image` in a group.
     """
@@ -36,34 +38,36 @@ class SharedPrefixCollator:
     group_by_image: bool = False
     max_pairs_per_image: int = 4
 
+    @classmethod
+    def of(cls, processor, model, arguments) -> SharedPrefixCollator:
+        """The collator for a loaded model and a recipe's `PluginArguments`."""
+        token = unwrap(model).config.image_token_id
+        return cls(processor, token, arguments.group_pairs_by_image, arguments.max_pairs_per_image)
+
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         groups = self._group(features)
-        rows = [row for group in groups for row in group]
-        packed = pack(
-            [
-                [
-                    Pair(full_prompt_ids(row, self.image_token_id), row["chosen_ids"], row["rejected_ids"])
-                    for row in group
-                ]
-                for group in groups
-            ],
-            image_token_id=self.image_token_id,
-        )
-        batch: dict[str, Any] = {"packed": packed, "rows": rows, "bad_images": []}
-        weights, pictures = [], []
+        packed = pack([[self._tokens(row) for row in group] for group in groups], image_token_id=self.image_token_id)
+        rows: list[dict[str, Any]] = []
+        pictures, weights, bad = [], [], []
         for group in groups:
-            weight = 1.0
+            reason = ""
             if group[0]["image"] is not None:
                 picture, reason = self._load(group[0])
                 pictures.append(picture)
-                if reason:
-                    weight = 0.0
-                    batch["bad_images"] += [(row["pair_id"], reason) for row in group]
-            weights += [weight] * len(group)
-        batch["weights"] = torch.tensor(weights)
-        if pictures:
-            batch.update(self.processor.image_processor(pictures, return_tensors="pt"))
-        return batch
+            bad += [(len(rows) + i, reason) for i in range(len(group)) if reason]
+            weights += [0.0 if reason else 1.0] * len(group)
+            rows += group
+        image_inputs = dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
+        return {
+            "packed": packed,
+            "image_inputs": image_inputs,
+            "weights": torch.tensor(weights),
+            "rows": rows,
+            "bad_images": bad,
+        }
+
+    def _tokens(self, row: dict[str, Any]) -> TokenPair:
+        return TokenPair(full_prompt_ids(row, self.image_token_id), row["chosen_ids"], row["rejected_ids"])
 
     def _load(self, row: dict[str, Any]):
         try:

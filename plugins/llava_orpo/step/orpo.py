@@ -1,4 +1,4 @@
-"""ORPO and SimPO losses on mean log-probs per token. Pure functions; no model, no trainer.
+"""ORPO's loss on mean log-probs per token. Pure functions; no model, no trainer.
 
 Every argument `chosen` / `rejected` is a tensor of shape (n,): the mean log-prob in nats over one response's
 tokens, `log P(y|x) = (1/m) sum_t log P(y_t | x, y_<t)` (ORPO, arXiv 2403.07691, eq. 3). Results have the same
@@ -67,11 +67,6 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> Orpo
     odds = log_odds(chosen, rejected)
     sft, odds_ratio = sft_loss(chosen), -F.logsigmoid(odds)
     return OrpoLoss(loss=sft + beta * odds_ratio, sft=sft, odds_ratio=odds_ratio, log_odds=odds)
-
-
-def simpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
-    """-log sigmoid(beta * (chosen - rejected) - gamma) per pair (SimPO, arXiv 2405.14734, eq. 6)."""
-    return -F.logsigmoid(beta * (_at_least_fp32(chosen) - _at_least_fp32(rejected)) - gamma)
 
 
 def _at_least_fp32(logp: torch.Tensor) -> torch.Tensor:

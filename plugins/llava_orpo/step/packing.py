@@ -14,7 +14,7 @@ continue from the parent's end. So every hidden state equals the one of the plai
 In pre-order each segment's subtree is one interval, which makes the whole rule `j <= i < subtree_end[j]`
 (query i, key j).
 
-Torch only. The attention that reads the layout, and the model call, are in `shared_attention.py`.
+Torch only. The attention that reads the layout, and the model call, are in `attention.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLEX_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenPair:
     """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to full length."""
 
     prompt_ids: Sequence[int]
@@ -54,15 +54,15 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class ReadRows:
+class ReadPositions:
     """The K' positions of a packed row whose final hidden state is read: each predicts a response token.
 
-    rows    (K',) int64, ascending, each position once
-    counts  how many of them each group holds
-    index   (K,) int64: where each entry of `PackedBatch.logits_to_keep` stands in `rows`
+    positions  (K',) int64, ascending, each position once
+    counts     how many of them each group holds
+    index      (K,) int64: where each entry of `PackedBatch.logits_to_keep` stands in `positions`
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     counts: tuple[int, ...]
     index: torch.Tensor
 
@@ -74,7 +74,7 @@ class SharedPrefixLayout:
     segments     all segments in row order
     groups       per group (root length, tail length); groups follow each other without gaps
     subtree_end  (T,) int64: end of the subtree of each token's segment
-    read         see ReadRows
+    read         see ReadPositions
 
     Masks are computed once per layout and dtype, on the device of `subtree_end`, at their first use.
     """
@@ -82,7 +82,7 @@ class SharedPrefixLayout:
     segments: tuple[Segment, ...]
     groups: tuple[tuple[int, int], ...]
     subtree_end: torch.Tensor
-    read: ReadRows
+    read: ReadPositions
 
     @property
     def num_tokens(self) -> int:
@@ -102,9 +102,9 @@ class SharedPrefixLayout:
         return self._cache["tail", dtype]
 
     def read_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Per group the additive mask (1, 1, count, root + tail) of its queries at `read.rows`."""
+        """Per group the additive mask (1, 1, count, root + tail) of its queries at `read.positions`."""
         if ("read", dtype) not in self._cache:
-            self._cache["read", dtype] = self._masks(self.read.rows.split(self.read.counts), dtype)
+            self._cache["read", dtype] = self._masks(self.read.positions.split(self.read.counts), dtype)
         return self._cache["read", dtype]
 
     def _masks(self, queries: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -173,11 +173,8 @@ class PackedBatch:
     logits_to_keep           (K,) int64 positions whose logits predict `targets`; a last prompt token is in it
                              once for each response that starts there
     targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
-    response_of              (K,) int64 in [0, 2n): i for the chosen, n + i for the rejected response of pair
-                             i, pairs numbered in the order they were given
     lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
     num_image_tokens         placeholders in the row (0 when `pack` was not told the image token)
-    num_unshared_tokens      tokens the plain path needs for the same pairs, without its padding
     """
 
     input_ids: torch.Tensor
@@ -185,11 +182,9 @@ class PackedBatch:
     layout: SharedPrefixLayout
     logits_to_keep: torch.Tensor
     targets: torch.Tensor
-    response_of: torch.Tensor
     lengths: torch.Tensor
     response_lengths: tuple[int, ...]
     num_image_tokens: int
-    num_unshared_tokens: int
 
     @property
     def n_pairs(self) -> int:
@@ -214,12 +209,12 @@ def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
             changes[field.name] = move(value)
-        elif isinstance(value, (SharedPrefixLayout, ReadRows)):
+        elif isinstance(value, (SharedPrefixLayout, ReadPositions)):
             changes[field.name] = _map_tensors(value, move)
     return dataclasses.replace(batch, **changes)
 
 
-def pack(groups: Sequence[Sequence[Pair]], image_token_id: int | None = None) -> PackedBatch:
+def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = None) -> PackedBatch:
     """Pack groups of pairs into one row. The pairs of a group share one image, or are text-only.
 
     Raises ValueError naming group and pair for an empty group, prompt or response, and, given
@@ -237,7 +232,7 @@ def pack(groups: Sequence[Sequence[Pair]], image_token_id: int | None = None) ->
     return row.finish()
 
 
-def _check_group(number: int, group: Sequence[Pair], image_token_id: int | None) -> None:
+def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | None) -> None:
     if len(group) == 0:
         raise ValueError(f"group {number} holds no pair: leave it out")
     for index, pair in enumerate(group):
@@ -266,9 +261,8 @@ class _Row:
         self.segments: list[Segment] = []
         self.groups: list[tuple[int, int]] = []
         self.responses: dict[tuple[str, int], tuple[list[int], Sequence[int]]] = {}
-        self.unshared = 0
 
-    def add_group(self, number: int, group: Sequence[Pair], first_pair: int) -> None:
+    def add_group(self, number: int, group: Sequence[TokenPair], first_pair: int) -> None:
         start = len(self.ids)
         prompts = [tuple(pair.prompt_ids) for pair in group]
         shared = _common_prefix(prompts)
@@ -290,7 +284,6 @@ class _Row:
                 pair = group[index]
                 self._add_response("chosen", first_pair + index, pair.chosen_ids, leaf)
                 self._add_response("rejected", first_pair + index, pair.rejected_ids, leaf)
-                self.unshared += 2 * len(prompt) + len(pair.chosen_ids) + len(pair.rejected_ids)
         self.groups.append((shared, len(self.ids) - start - shared))
 
     def _add_segment(self, ids: Sequence[int], parent: int) -> int:
@@ -317,14 +310,14 @@ class _Row:
         offset = torch.arange(len(self.ids)) - torch.repeat_interleave(starts, sizes)
         ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
         keep = torch.tensor([position for positions, _ in ordered for position in positions])
-        rows, index = torch.unique(keep, return_inverse=True)
+        read, index = torch.unique(keep, return_inverse=True)
         group_stops = torch.tensor([root + tail for root, tail in self.groups]).cumsum(0)
-        counts = torch.searchsorted(rows, group_stops).diff(prepend=torch.zeros(1, dtype=torch.int64))
+        counts = torch.searchsorted(read, group_stops).diff(prepend=torch.zeros(1, dtype=torch.int64))
         layout = SharedPrefixLayout(
             segments=tuple(self.segments),
             groups=tuple(self.groups),
             subtree_end=torch.repeat_interleave(torch.tensor(ends), sizes),
-            read=ReadRows(rows, tuple(counts.tolist()), index),
+            read=ReadPositions(read, tuple(counts.tolist()), index),
         )
         response_lengths = tuple(len(ids) for _, ids in ordered)
         lengths = torch.tensor(response_lengths)
@@ -334,11 +327,9 @@ class _Row:
             layout=layout,
             logits_to_keep=keep,
             targets=torch.tensor([token for _, ids in ordered for token in ids]),
-            response_of=torch.repeat_interleave(torch.arange(len(ordered)), lengths),
             lengths=lengths,
             response_lengths=response_lengths,
             num_image_tokens=0 if self.image_token_id is None else self.ids.count(self.image_token_id),
-            num_unshared_tokens=self.unshared,
         )
 
 

@@ -47,16 +47,16 @@ class WandbExamples(TrainerCallback):
 
         if wandb.run is None:
             return
-        from ..preference.metrics import margin
 
         examples, folder = self.pending
         self.pending = None
         table = wandb.Table(columns=self.COLUMNS)
         for example in examples:
+            logps = [example[f"{side}_logp"] / example[f"{side}_tokens"] for side in ("chosen", "rejected")]
             image = example["image"] and wandb.Image(os.path.join(folder, example["image"]["path"]))
             table.add_data(
                 example["pair_id"], example["subset"], image, example["question"], example["chosen"],
-                example["rejected"], margin(example), example["correct"],
+                example["rejected"], logps[0] - logps[1], example["correct"],
             )  # fmt: skip
         wandb.log({"eval/examples": table, "train/global_step": state.global_step})
 

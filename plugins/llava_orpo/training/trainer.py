@@ -6,29 +6,29 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from llamafactory.extras import logging
-from llamafactory.extras.ploting import plot_loss
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from peft import PeftModel
 from transformers.integrations import TrackioCallback
 
 from ..arguments import PluginArguments
-from ..checkpoint import resume as full_checkpoint
+from ..checkpoint import resume
+from ..data.images import content_hash
 from ..data.skipped import write_skipped
-from ..preference import metrics as preference
-from ..preference import scoring as evaluation
-from ..step import attention as shared_attention
+from ..errors import UserError
+from ..preference import scoring, writing
+from ..preference.records import CONDITIONS
+from ..preference.scoring import ScoredRow
+from ..preference.writing import Evaluation
 from ..step import orpo
-from ..step.batches import GroupByImageSampler, fill_batches, image_runs
-from ..step.model import keep_four_bit_trainable
-from ..step.packing import response_logps
-from ..step.vision_tower import skip_unread_vision_layers
+from ..step.attention import unwrap
+from ..step.batches import GroupByImageSampler, image_runs
+from ..step.model import packed_logps, prepare
 from .callbacks import TrackioAfterTraining, WandbExamples
 
 logger = logging.get_logger("llamafactory." + __name__)
@@ -45,15 +45,12 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def __init__(self, *args, plugin_arguments: PluginArguments, **kwargs):
         self.plugin = plugin_arguments
         super().__init__(*args, **kwargs)
-        backend, reason = shared_attention.choose_backend(self.args.device, self.plugin.attention_backend)
         for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
-            shared_attention.enable(model, backend)
-        logger.info_rank0(f"Shared-prefix attention: {backend} ({reason}).")
-        keep_four_bit_trainable(self.model)
-        tower = shared_attention.unwrap(self.model).model.vision_tower
+            line = prepare(model, self.args.device, self.plugin.attention_backend)
+        logger.info_rank0(line)
+        tower = unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
-        self._bad_images: dict[str, str] = {}
-        self._evaluated_in_training: tuple[tuple | None, dict[str, float]] = (None, {})
+        self._bad_images: set[tuple[str, str]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
@@ -105,26 +102,19 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def concatenated_forward(self, model, batch: dict[str, Any], is_ref_model: bool = False) -> dict[str, torch.Tensor]:
         """One forward for all responses. Log-probs are means for ipo, orpo and simpo, sums otherwise; (n,) each."""
-        packed = batch["packed"].to(self.args.device)
-        inner = shared_attention.unwrap(model)
-        with skip_unread_vision_layers(inner) if self._tower_frozen else nullcontext():
-            logits = shared_attention.packed_forward(
-                model, packed, pixel_values=batch.get("pixel_values"), image_sizes=batch.get("image_sizes")
-            )
-        sums, lengths = response_logps(logits, packed)
+        packed, logits, sums, lengths = packed_logps(model, batch, self.args.device, skip_unread=self._tower_frozen)
         means = sums / lengths
         logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
         n = packed.n_pairs
         with torch.no_grad():
             split = int(packed.lengths[:n].sum())
-            rows = logits.detach().reshape(-1, logits.shape[-1])
-            chosen_logits, rejected_logits = rows[:split].float().mean(), rows[split:].float().mean()
+            flat = logits.detach().reshape(-1, logits.shape[-1])
+            chosen_logits, rejected_logits = flat[:split].float().mean(), flat[split:].float().mean()
         return {
             "chosen_logps": logps[:n],
             "rejected_logps": logps[n:],
             "chosen_logps_avg": means[:n],
             "logps_sum": sums,
-            "lengths": lengths,
             "chosen_logits": chosen_logits,
             "rejected_logits": rejected_logits,
         }
@@ -181,15 +171,16 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         return mean(terms["loss"]), {f"{prefix}{key}": value.item() for key, value in metrics.items()}
 
     def _note_bad_images(self, batch: dict[str, Any]) -> None:
-        for pair_id, reason in batch["bad_images"]:
-            if pair_id not in self._bad_images:
-                self._bad_images[pair_id] = reason
-                logger.warning(f"Pair {pair_id} is left out, its image can't be decoded: {reason}")
-                write_skipped(
-                    self.args.output_dir,
-                    [{"stage": "training", "pair_id": pair_id, "reason": f"bad image: {reason}"}],
-                    rank=self.args.process_index,
-                )
+        """Logs and lists each pair whose image could not be decoded, once per run."""
+        for index, reason in batch["bad_images"]:
+            row = batch["rows"][index]
+            name = row["pair_id"] or _image_name(row["image"])  # pairs of other LLaMA-Factory formats have no id
+            if (row["dataset"], name) in self._bad_images:
+                continue
+            self._bad_images.add((row["dataset"], name))
+            logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
+            entry = {"stage": "training", "dataset": row["dataset"], "pair_id": name, "reason": f"bad image: {reason}"}
+            write_skipped(self.args.output_dir, [entry], rank=self.args.process_index)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -197,14 +188,6 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             logs["data_wait_fraction"] = round(self._waited / max(now - self._since, 1e-9), 4)
             self._waited, self._since = 0.0, now
         super().log(logs, *args, **kwargs)
-
-    def save_state(self) -> None:
-        super().save_state()
-        if self.is_world_process_zero() and self.finetuning_args.plot_loss:
-            history = {key for entry in self.state.log_history for key in entry}
-            wanted = ["sft_loss", "odds_ratio_loss", "log_odds", "logps/chosen", "logps/rejected"]
-            wanted += ["learning_rate", "grad_norm", "eval_preference_accuracy"]
-            plot_loss(self.args.output_dir, keys=[key for key in wanted if key in history])
 
     # whole models -------------------------------------------------------------------------------------------
 
@@ -214,25 +197,25 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self._is_whole_model():
-            model = shared_attention.unwrap(self.model)
-            full_checkpoint.save_into(model, output_dir or self.args.output_dir, state_dict)
+            model = unwrap(self.model)
+            resume.save_into(model, output_dir or self.args.output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            full_checkpoint.load_into(shared_attention.unwrap(model or self.model), resume_from_checkpoint)
+            resume.load_into(unwrap(model or self.model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            full_checkpoint.load_into(shared_attention.unwrap(self.model), self.state.best_model_checkpoint)
+            resume.load_into(unwrap(self.model), self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
     # evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Scores every pair of the evaluation set once; see `evaluation` and `preference.summarize`."""
+        """Scores every pair of the evaluation set once; see `preference.scoring` and `preference.metrics`."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not self.plugin.preference_eval:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -244,104 +227,89 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
 
-        # `run_dpo` evaluates once more after a training whose last step was evaluated: the same weights, so no new work
-        key = (self.state.global_step, id(dataset), metric_key_prefix)
-        if key == self._evaluated_in_training[0] and not self.is_in_train and not self.args.load_best_model_at_end:
-            return dict(self._evaluated_in_training[1])
         self._memory_tracker.start()
         started = time.perf_counter()
-        conditions = evaluation.CONDITIONS if self.plugin.grounding_eval else ("true",)
-        scored = {condition: self._score(dataset, condition) for condition in conditions}
-        pairs, unusable = scored["true"]
-        if not pairs:
-            raise ValueError("No pair of the evaluation set could be scored: every image failed to decode.")
-        summary = preference.summarize(pairs, beta=self.beta, min_subset=self.plugin.eval_min_subset)
-        metrics = evaluation.flat_metrics(summary, metric_key_prefix)
-        if self.loss_type != "orpo":  # summarize knows ORPO's loss; other losses were computed by the trainer
-            metrics[f"{metric_key_prefix}_loss"] = sum(p["loss"] for p in pairs) / len(pairs)
-        grounding = None
-        if self.plugin.grounding_eval:
-            grounding = preference.grounding(*(scored[condition][0] for condition in conditions))
-            for name in ("grey", "other"):
-                metrics[f"{metric_key_prefix}_preference_accuracy_{name}_image"] = grounding[name][
-                    "preference_accuracy"
-                ]
-        metrics[f"{metric_key_prefix}_unusable_pairs"] = len(unusable)
-        seconds = time.perf_counter() - started
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
-        metrics[f"{metric_key_prefix}_pairs_per_second"] = round(len(pairs) * len(conditions) / seconds, 3)
-        metrics["epoch"] = self.state.epoch or 0.0
+        conditions = CONDITIONS if self.plugin.grounding_eval else ("true",)
+        merged = {condition: self._score(dataset, condition) for condition in conditions}
+        evaluation = Evaluation.of(merged, self.beta, self.plugin.eval_min_subset)
+        metrics = self._metrics_of(evaluation, metric_key_prefix, time.perf_counter() - started)
         if self.is_world_process_zero():
-            self._write_evaluation(dataset, scored, summary, grounding, metric_key_prefix)
+            folder = Path(self.args.output_dir)
+            suffix = "" if metric_key_prefix == "eval" else "_" + metric_key_prefix.removeprefix("eval_")
+            examples = writing.write_evaluation(
+                folder, dataset, evaluation, self.processing_class, self.plugin.eval_examples,
+                step=self.state.global_step, epoch=float(self.state.epoch or 0.0), suffix=suffix,
+            )  # fmt: skip
+            if examples:
+                self.wandb_examples.offer(examples, str(folder))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
-        if self.is_in_train:
-            self._evaluated_in_training = (key, dict(metrics))
         return metrics
 
-    def _score(self, dataset, condition: str) -> tuple[list[dict], list[dict]]:
+    def evaluated_now(self) -> dict[str, float] | None:
+        """Metrics of the evaluation that training ended with, if the model still is the one of that step."""
+        if self.args.load_best_model_at_end:
+            return None
+        last = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]
+        last = [entry for entry in last if any(key.startswith("eval_") for key in entry)]
+        return {key: value for entry in last for key, value in entry.items() if key != "step"} or None
+
+    def _metrics_of(self, evaluation: Evaluation, prefix: str, seconds: float) -> dict[str, float]:
+        """The scalars of an evaluation as they are logged."""
+        metrics = writing.flat_metrics(evaluation.summary, prefix)
+        if self.loss_type != "orpo":  # the summary knows ORPO's loss; other losses were computed by the trainer
+            losses = [row.loss for row in evaluation.scored["true"]]
+            metrics[f"{prefix}_loss"] = sum(losses) / len(losses)
+        for name in ("grey", "other") if evaluation.grounding else ():
+            accuracy = evaluation.grounding[name]["preference_accuracy"]
+            metrics[f"{prefix}_preference_accuracy_{name}_image"] = accuracy
+        metrics[f"{prefix}_unusable_pairs"] = len(evaluation.unusable)
+        metrics[f"{prefix}_runtime"] = round(seconds, 4)
+        scored = sum(map(len, evaluation.scored.values()))
+        metrics[f"{prefix}_pairs_per_second"] = round(scored / seconds, 3)
+        metrics["epoch"] = self.state.epoch or 0.0
+        return metrics
+
+    def _score(self, dataset, condition: str) -> tuple[list[ScoredRow], list[ScoredRow]]:
+        """(scored, unusable) rows of all ranks."""
         model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
         if self.is_deepspeed_enabled and self.deepspeed is None:
-            raise ValueError("Evaluate without training under DeepSpeed is not supported: leave `deepspeed` out.")
+            raise UserError("Evaluate without training under DeepSpeed is not supported: leave `deepspeed` out.")
         was_training = model.training
         model.eval()
-        positions = list(range(len(dataset)))
         size = self.args.per_device_eval_batch_size
-        if self.plugin.group_pairs_by_image and condition != "other":
-            runs = image_runs(dataset["image_hash"], positions, self.plugin.max_pairs_per_image)
-            positions = fill_batches(runs, size)
-        positions = evaluation.shard(positions, self.args.process_index, self.args.world_size)
-        loaders: list = []
+        positions = scoring.in_groups(dataset, range(len(dataset)), size, condition, self.plugin)
+        positions = scoring.shard(positions, self.args.process_index, self.args.world_size)
 
         def score_batch(batch):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
                 terms, output = self.pair_losses(model, batch)
             self._note_bad_images(batch)
-            return {"logps": output["logps_sum"], "lengths": output["lengths"], "loss": terms["loss"]}
+            return {"logps": output["logps_sum"], "loss": terms["loss"]}
 
-        def on_batch(_records):
+        def on_batch(_scored):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         def on_loader(loader):
-            loaders.append(loader)
             self.callback_handler.eval_dataloader = loader
 
-        records = evaluation.score(
+        rows = scoring.score(
             score_batch, dataset, positions, self.data_collator, size, condition,
             num_workers=self.args.dataloader_num_workers, on_batch=on_batch, on_loader=on_loader,
         )  # fmt: skip
         if was_training:
             model.train()
-        parts = [records]
+        parts = [rows]
         if self.args.world_size > 1:
             parts = [None] * self.args.world_size
-            torch.distributed.all_gather_object(parts, records)
-        return evaluation.merge(parts)
+            torch.distributed.all_gather_object(parts, rows)
+        return scoring.merge(parts)
 
-    def _write_evaluation(self, dataset, scored, summary, grounding, prefix: str) -> None:
-        folder = self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        suffix = "" if prefix == "eval" else "_" + prefix.removeprefix("eval_")
-        pairs = scored["true"][0]
-        preference.write_pairs(os.path.join(folder, f"preference_pairs{suffix}.jsonl"), evaluation.public(pairs))
-        for condition in ("grey", "other"):
-            if condition in scored:
-                name = f"preference_pairs{suffix}_{condition}.jsonl"
-                preference.write_pairs(os.path.join(folder, name), evaluation.public(scored[condition][0]))
-        names = ",".join(sorted(set(dataset["dataset"]))) or prefix
-        entry = {
-            "step": self.state.global_step,
-            "epoch": float(self.state.epoch or 0.0),
-            "dataset": names,
-            "metrics": summary,
-            "grounding": grounding,
-        }
-        preference.append_history(os.path.join(folder, "preference_eval.json"), entry)
-        if not suffix:
-            examples = evaluation.write_examples(
-                folder, dataset, pairs, self.processing_class, self.plugin.eval_examples
-            )
-            self.wandb_examples.offer(examples, folder)
 
+def _image_name(image: Any) -> str:
+    """A short name for an image reference of another LLaMA-Factory format: its path, or the hash of its bytes."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    return content_hash(image) if isinstance(image, bytes) else str(image)
