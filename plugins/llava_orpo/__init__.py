@@ -4,3 +4,4 @@ Kept free of imports: `autoload` is imported by every interpreter of the environ
 """
 
 __version__ = "0.1.0"
+PLUGIN_NAME = "llava_orpo"

@@ -4,9 +4,16 @@
 Child processes started by torchrun need the installed `.pth`, or `FORCE_TORCHRUN` unset.
 """
 
+import sys
+
+from . import autoload, early
 
 
 def main() -> None:
+    """Runs `llamafactory-cli` with this process's arguments, after the recipe was checked."""
+    autoload.install()
+    early.before_llamafactory(sys.argv[1:])
+
     from llamafactory.cli import main as cli
 
     cli()

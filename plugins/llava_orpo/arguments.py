@@ -1,21 +1,59 @@
-"""Every key the plugin adds to a recipe, in one place."""
+"""Every key the plugin adds to a recipe, in one place.
+
+The values are checked where a recipe is read, by the types and ranges below; `schema.make` puts the same ones into
+recipes/schema.json, and docs/keys.md is made from the help texts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from .autoload import PLUGIN_NAME
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
+
+from . import PLUGIN_NAME, keys
+from .errors import UserError
 
 
-@dataclass
+def _refuse_in_sentences(arguments: type) -> type:
+    """Makes the constructor raise UserError, one sentence per wrong key, in place of pydantic's ValidationError."""
+    construct = arguments.__init__
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            # Union members are reported one by one: one sentence per key is enough.
+            found = {str(details["loc"][0]): details for details in reversed(error.errors())}
+            raise UserError(*(_sentence(key, details) for key, details in reversed(found.items()))) from None
+
+    arguments.__init__ = __init__
+    return arguments
+
+
+def _sentence(key: str, details: dict[str, Any]) -> str:
+    if key not in PLUGIN_KEYS:
+        return keys.unknown(key, PLUGIN_KEYS)
+    if details["type"] == "value_error":
+        return str(details["ctx"]["error"])
+    return keys.refusal(key, details["input"], key_schemas()[key])
+
+
+@_refuse_in_sentences
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class PluginArguments:
-    """Keys a recipe may hold beside LLaMA-Factory's own once it says `plugins: llava_orpo`."""
+    """Keys a recipe may hold beside LLaMA-Factory's own once it says `plugins: llava_orpo`.
 
-    plugins: str = field(default=PLUGIN_NAME, metadata={"help": "Plugin to load: llava_orpo."})
+    Raises UserError with one sentence per key whose value is not allowed.
+    """
+
+    plugins: Literal[PLUGIN_NAME] = field(default=PLUGIN_NAME, metadata={"help": "Plugin to load: llava_orpo."})
+
     allow_untested_llamafactory: bool = field(
         default=False,
         metadata={"help": "Run on a LLaMA-Factory version other than the one this plugin was tested with."},
@@ -23,7 +61,7 @@ class PluginArguments:
 
     # data
     # A mapping in YAML; JSON text on a plain command line (argparse knows no mappings).
-    dataset_filter: str | None = field(
+    dataset_filter: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Rows to keep: a mapping from a column, or from a field inside origin_split, to one value "
@@ -31,14 +69,14 @@ class PluginArguments:
             "description}}. Compared without regard to case and punctuation; all conditions must hold."
         },
     )
-    heldout_fraction: float = field(
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = field(
         default=0.02,
         metadata={
             "help": "Share of images (not rows) in the held-out part of a dataset registered with a `part`. "
             "Chosen by a hash of the image's bytes: deterministic, and no image is in both parts."
         },
     )
-    verify_images: str = field(
+    verify_images: Literal["header", "full"] = field(
         default="header",
         metadata={
             "help": "header: read every image's header and end marker before training (fast; finds truncated "
@@ -48,13 +86,13 @@ class PluginArguments:
     allow_text_only: bool = field(
         default=False, metadata={"help": "Keep rows without an image as text-only pairs instead of skipping them."}
     )
-    max_skipped_fraction: float = field(
+    max_skipped_fraction: Annotated[float, Field(ge=0, le=1)] = field(
         default=0.05,
         metadata={"help": "Stop before training when more than this share of the pairs would be skipped."},
     )
 
     # model
-    anyres_max_tiles: int | None = field(
+    anyres_max_tiles: Annotated[int, Field(ge=1)] | None = field(
         default=None,
         metadata={
             "help": "Most anyres tiles an image may be cut into, the overview tile not counted (LLaVA-1.6: up to "
@@ -75,14 +113,14 @@ class PluginArguments:
         default=True,
         metadata={"help": "Run image and prompt once per pair. False: LLaMA-Factory's own two-sequence step."},
     )
-    attention_backend: str = field(
+    attention_backend: Literal["auto", "sdpa", "flex"] = field(
         default="auto", metadata={"help": "Attention under shared_prefix: auto, sdpa or flex."}
     )
     group_pairs_by_image: bool = field(
         default=False,
         metadata={"help": "Put pairs of one image into the same batch and run the image once for all of them."},
     )
-    max_pairs_per_image: int = field(
+    max_pairs_per_image: Annotated[int, Field(ge=1)] = field(
         default=4, metadata={"help": "Most pairs of one image in a row under group_pairs_by_image."}
     )
 
@@ -95,45 +133,34 @@ class PluginArguments:
         default=False,
         metadata={"help": "Also score with a grey image and with another row's image (three times the cost)."},
     )
-    eval_min_subset: int = field(
+    eval_min_subset: Annotated[int, Field(ge=1)] = field(
         default=20, metadata={"help": "Fewest pairs for which a subset gets numbers of its own."}
     )
-    eval_examples: int = field(
+    eval_examples: Annotated[int, Field(ge=0)] = field(
         default=48, metadata={"help": "Held-out pairs kept with their image for the report and the W&B table."}
     )
 
-    def __post_init__(self):
-        if self.plugins != PLUGIN_NAME:
-            raise ValueError(f"plugins: {self.plugins!r} is not known; did you mean `plugins: {PLUGIN_NAME}`?")
-        if isinstance(self.dataset_filter, str):
+    @field_validator("dataset_filter", mode="before")
+    @classmethod
+    def _read_filter(cls, value: Any) -> Any:
+        if isinstance(value, str):
             try:
-                self.dataset_filter = json.loads(self.dataset_filter)
+                value = json.loads(value)
             except json.JSONDecodeError as err:
-                raise ValueError(
-                    f"dataset_filter: {self.dataset_filter!r} is neither a YAML mapping nor JSON ({err})."
-                ) from None
-        if self.dataset_filter is not None and not isinstance(self.dataset_filter, dict):
+                raise ValueError(f"dataset_filter: {value!r} is neither a YAML mapping nor JSON ({err}).") from None
+        if value is not None and not isinstance(value, dict):
             raise ValueError("dataset_filter must map columns to values, e.g. {origin_dataset: COCO}.")
-        _check(0.0 < self.heldout_fraction < 1.0, "heldout_fraction", self.heldout_fraction, "between 0 and 1")
-        _check(self.verify_images in ("header", "full"), "verify_images", self.verify_images, "header or full")
-        _check(0.0 <= self.max_skipped_fraction <= 1.0, "max_skipped_fraction", self.max_skipped_fraction, "0 to 1")
-        _check(
-            self.attention_backend in ("auto", "sdpa", "flex"),
-            "attention_backend", self.attention_backend, "auto, sdpa or flex",
-        )  # fmt: skip
-        _check(self.max_pairs_per_image >= 1, "max_pairs_per_image", self.max_pairs_per_image, "1 or more")
-        _check(
-            self.anyres_max_tiles is None or self.anyres_max_tiles >= 1,
-            "anyres_max_tiles", self.anyres_max_tiles, "1 or more, or left out",
-        )  # fmt: skip
-
-
-def _check(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{key}: {value!r} is not allowed; it must be {allowed}.")
+        return value
 
 
 PLUGIN_KEYS = tuple(f.name for f in dataclasses.fields(PluginArguments))
+
+
+@functools.cache
+def key_schemas() -> dict[str, dict[str, Any]]:
+    """{key: JSON Schema of its values} of the plugin's keys, without description and default."""
+    made = TypeAdapter(PluginArguments).json_schema()["properties"]
+    return {key: keys.simplified(schema) for key, schema in made.items()}
 
 
 def split_keys(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,14 +169,8 @@ def split_keys(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return ours, {key: value for key, value in args.items() if key not in ours}
 
 
-def refuse_unknown_keys(keys: list[str], known: set[str]) -> None:
-    """Raises ValueError for keys that nobody knows, naming the nearest valid key of each."""
+def refuse_unknown_keys(names: list[str], known: set[str]) -> None:
+    """Raises UserError for the keys among `names` that nobody knows, naming the nearest valid key of each."""
     known = known | set(PLUGIN_KEYS)
-    complaints = []
-    for key in keys:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-        complaints.append(f"`{key}`" + (f" (did you mean `{near[0]}`?)" if near else ""))
-    if complaints:
-        raise ValueError("Unknown key in the recipe: " + ", ".join(complaints) + ".")
+    if complaints := [keys.unknown(name, known) for name in names if name not in known]:
+        raise UserError(*complaints)

@@ -2,17 +2,24 @@
 
 LLaMA-Factory 0.9.5 has no plugin mechanism and refuses unknown keys. A one-line `.pth` file imports this
 module in every interpreter of the environment (torchrun children and Ray workers included), which only
-adds a `sys.meta_path` finder. When `llamafactory.hparams.parser` is loaded, its `_parse_args` is wrapped:
-a recipe with `plugins: llava_orpo` is handed to `llava_orpo.integration`, any other recipe passes untouched.
+adds a `sys.meta_path` finder; no other module of the package does so. The finder acts twice:
+
+- before the package `llamafactory` is imported by its own command, `llava_orpo.early` reads the recipe, because
+  importing the package alone takes seconds (it imports torch and transformers);
+- when `llamafactory.hparams.parser` is loaded, its `_parse_args` is wrapped: a recipe with `plugins: llava_orpo` is
+  handed to `llava_orpo.integration`, any other recipe passes untouched.
 
 Nothing heavy is imported here: without LLaMA-Factory the cost is well under 2 ms per interpreter.
 """
 
 import importlib.abc
 import importlib.util
+import os
 import sys
 
-PLUGIN_NAME = "llava_orpo"
+PACKAGE = "llamafactory"
+COMMANDS = ("llamafactory-cli", "lmf")
+COMMAND_MODULE = "llamafactory.cli"
 PARSER_MODULE = "llamafactory.hparams.parser"
 
 
@@ -30,8 +37,16 @@ class _WrappingLoader(importlib.abc.Loader):
         wrap_parser(module)
 
 
-class _ParserFinder(importlib.abc.MetaPathFinder):
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self):
+        self.checked = False
+
     def find_spec(self, fullname, path=None, target=None):
+        if fullname == PACKAGE and not self.checked and runs_the_command():
+            self.checked = True
+            from . import early
+
+            early.before_llamafactory(sys.argv[1:])
         if fullname != PARSER_MODULE:
             return None
         sys.meta_path.remove(self)
@@ -44,11 +59,11 @@ class _ParserFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def names_a_plugin(args) -> bool:
-    """True when `args` (a mapping, or a command line as a list of strings) carries a `plugins` key."""
-    if isinstance(args, dict):
-        return args.get("plugins") is not None
-    return any(arg == "--plugins" or arg.startswith("--plugins=") for arg in args)
+def runs_the_command() -> bool:
+    """Whether this process is LLaMA-Factory's command, started by a user (and not by torchrun)."""
+    name = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else ""
+    as_module = name == "-m" and sys.orig_argv[-len(sys.argv)] == COMMAND_MODULE
+    return (os.path.splitext(name)[0] in COMMANDS or as_module) and "LOCAL_RANK" not in os.environ
 
 
 def wrap_parser(parser_module) -> None:
@@ -56,15 +71,20 @@ def wrap_parser(parser_module) -> None:
     parse = parser_module._parse_args
 
     def parse_args(parser, args=None, allow_extra_keys=False):
+        from . import keys
+
         args = parser_module.read_args(args)
-        if not names_a_plugin(args):
+        if not keys.names_a_plugin(args):
             run = sys.modules.get("llava_orpo.integration.run")
             if run is not None:
                 run.deactivate()  # an earlier recipe of this process used the plugin, this one does not
             return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
+        from . import recipe
         from .integration import activation
 
+        if isinstance(args, dict):
+            args = recipe.as_meant(args)
         args = activation.take_arguments(parser, args, allow_extra_keys=allow_extra_keys)
         return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
@@ -73,8 +93,8 @@ def wrap_parser(parser_module) -> None:
 
 def install() -> None:
     """Adds the finder once; wraps the parser at once if LLaMA-Factory is loaded already."""
-    if not any(isinstance(finder, _ParserFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ParserFinder())
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
         if PARSER_MODULE in sys.modules:
             wrap_parser(sys.modules[PARSER_MODULE])
 

@@ -1,8 +1,77 @@
-"""What a user can mend, as opposed to what nobody foresaw. No imports: commands catch it before anything heavy loads."""
+"""Errors that a user can mend, and how they are shown: one line per problem, without a traceback.
+
+The rule: whatever the user can mend in a recipe, on a command line or in a folder is a `UserError`. Everything else,
+a bug of this package above all, keeps its traceback. `LLAVA_ORPO_DEBUG=1` shows the traceback of a `UserError` too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import NoReturn
+
+DEBUG_VARIABLE = "LLAVA_ORPO_DEBUG"
+# The modules in which LLaMA-Factory reads and checks arguments: a ValueError raised there is about the recipe.
+ARGUMENT_CHECKS = "llamafactory.hparams"
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a command, a file or the data; the message is one line that names it and the remedy.
+    """Something the user can mend. Every argument is one problem, worded as a sentence that names the remedy."""
 
-    Commands print the message after `error: ` and end with exit code 1; library code raises it like any ValueError.
-    """
+    exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.args)
+
+
+class UsageError(UserError):
+    """A recipe or a command line that is wrong, found before any work was done."""
+
+    exit_code = 2
+
+
+def debugging() -> bool:
+    """Whether LLAVA_ORPO_DEBUG asks for the traceback of every error."""
+    return os.environ.get(DEBUG_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+
+
+def foreseen(error: BaseException) -> bool:
+    """Whether `error` is one that the user can mend, so that its traceback would only hide its message."""
+    return isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_in(error, ARGUMENT_CHECKS))
+
+
+def show(error: BaseException) -> None:
+    """Writes every problem of `error` to stderr, each behind `error: `."""
+    problems = error.args if isinstance(error, UserError) else (error,)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+
+
+def stop(error: UserError) -> NoReturn:
+    """Ends the process with `error` shown. Raises SystemExit, or `error` itself under LLAVA_ORPO_DEBUG."""
+    if debugging():
+        raise error
+    show(error)
+    raise SystemExit(error.exit_code)
+
+
+def hide_tracebacks_of_foreseen_errors() -> None:
+    """Lets this process end on a foreseen error with its message alone; any other error is shown as before."""
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if foreseen(error) and not debugging():
+            show(error)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = excepthook
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return name == package or name.startswith(package + ".")

@@ -9,13 +9,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from llamafactory.hparams import get_infer_args, get_train_args
 
 from helpers.paths import ROOT
 from helpers.recipes import photo_rows, recipe, tokenized, write_rows
-from llava_orpo import integration
-from llava_orpo.arguments import PLUGIN_KEYS, PluginArguments
-from llava_orpo.integration import run, swaps
+from llava_orpo.arguments import PLUGIN_KEYS
+from llava_orpo.errors import UserError
+from llava_orpo.integration import activation, run, swaps
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,14 @@ def test_pth_adds_a_finder_and_imports_nothing_heavy():
     code = "import sys; print([type(f).__module__ for f in sys.meta_path], 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "llava_orpo.autoload" in out and "False" in out
+
+
+def test_only_the_autoload_module_adds_the_finder_and_adds_one():
+    code = (
+        "import sys; from llava_orpo import autoload; autoload.install(); autoload.install()\n"
+        "print(sum(type(f).__module__ == 'llava_orpo.autoload' for f in sys.meta_path))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 def test_recipe_activates_and_plain_recipe_deactivates(tmp_path):
@@ -62,10 +71,14 @@ def test_command_line_without_a_recipe():
 
 @pytest.mark.parametrize(
     "key, near",
-    [("shared_prefx", "shared_prefix"), ("learning_rat", "learning_rate"), ("group_pairs_by_images", "group_pairs_by_image")],
+    [
+        ("shared_prefx", "shared_prefix"),
+        ("learning_rat", "learning_rate"),
+        ("group_pairs_by_images", "group_pairs_by_image"),
+    ],
 )
 def test_misspelt_key_names_the_nearest(tmp_path, key, near):
-    with pytest.raises(ValueError, match=rf"`{key}` \(did you mean `{near}`\?\)"):
+    with pytest.raises(UserError, match=rf"`{key}` \(did you mean `{near}`\?\)"):
         get_train_args(recipe(tmp_path, {key: 1}))
 
 
@@ -74,24 +87,26 @@ def test_misspelt_plugin_is_refused(tmp_path):
         get_train_args(recipe(tmp_path, {"plugins": "lava_orpo"}))
 
 
-@pytest.mark.parametrize(
-    "keys, words",
-    [
-        ({"heldout_fraction": 1.5}, "heldout_fraction: 1.5"),
-        ({"attention_backend": "magic"}, "auto, sdpa or flex"),
-        ({"dataset_filter": "not json"}, "neither a YAML mapping nor JSON"),
-        ({"max_pairs_per_image": 0}, "1 or more"),
-        ({"anyres_max_tiles": 0}, "1 or more"),
-        ({"verify_images": "no"}, "header or full"),
-    ],
-)
-def test_values_are_checked(keys, words):
-    with pytest.raises(ValueError, match=words):
-        PluginArguments(**keys)
+def test_values_are_taken_as_meant_and_checked_for_python_callers_too(tmp_path):
+    keys = {"eval_strategy": False, "save_strategy": False, "anyres_max_tiles": "2", "shared_prefix": "no"}
+    *_, training_args, finetuning_args, _ = get_train_args(recipe(tmp_path, keys))
+    assert (training_args.eval_strategy, training_args.save_strategy) == ("no", "no")
+    taken = run.current().arguments
+    assert (taken.anyres_max_tiles, taken.shared_prefix) == (2, False)
+    with pytest.raises(UserError, match="^grounding_eval: 'flase' is not allowed; it must be true or false.$"):
+        get_train_args(recipe(tmp_path, {"grounding_eval": "flase"}))
+
+
+def test_overrides_of_the_command_line_are_taken_as_meant(tmp_path, monkeypatch):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe(tmp_path, {})) + "save_strategy: no\n")
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", str(file), "eval_strategy=no"])
+    training_args = get_train_args()[2]
+    assert (training_args.eval_strategy, training_args.save_strategy) == ("no", "no")
 
 
 def test_other_llamafactory_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(integration, "VERSION", "0.9.9")
+    monkeypatch.setattr(activation, "VERSION", "0.9.9")
     with pytest.raises(ValueError, match=r"0\.9\.5, but 0\.9\.9 is installed.*allow_untested_llamafactory"):
         get_train_args(recipe(tmp_path, {}))
     get_train_args(recipe(tmp_path, {"allow_untested_llamafactory": True}))
@@ -119,3 +134,4 @@ def test_wheel_carries_the_pth(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "llava_orpo_autoload.pth" in names and "llava_orpo/integration/__init__.py" in names
+    assert "llava_orpo/schema.json" in names and not any(name.startswith("recipes/") for name in names)

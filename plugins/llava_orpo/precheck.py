@@ -1,0 +1,174 @@
+"""What is wrong with a recipe, found before anything heavy is imported: keys, values, datasets, files, precision.
+
+Everything is looked up on this machine; a Hub id or a dataset of the Hub is not asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import accelerator, keys
+
+DATASET_INFO = "dataset_info.json"
+OUTPUTS = "outputs"  # where the recipes write: a name below it is a folder, although `outputs/x` could be a Hub id
+# Registry keys under which LLaMA-Factory looks for a dataset elsewhere than in dataset_dir.
+REMOTE_ENTRIES = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+TRAINING_KEYS = "TrainingArguments"  # the class whose keys `train` alone takes
+NEEDED = {"export": ("model_name_or_path", "export_dir")}
+
+
+def problems(
+    recipe: Mapping[str, Any],
+    command: str = "train",
+    uses: Collection[str] | None = None,
+    also_known: Collection[str] = (),
+) -> list[str]:
+    """One sentence per problem of `recipe`, [] if it is good. Values are to be as `recipe.as_meant` gives them.
+
+    command: LLaMA-Factory's command that takes the recipe. uses: the keys whose files must exist (default: all).
+    also_known: further keys, to be named as the nearest of a misspelt one.
+    """
+    found = _key_problems(recipe, command, also_known)
+    for key in NEEDED.get(command, ("model_name_or_path",)):
+        if recipe.get(key) is None:
+            found.append(f"{key} is missing.")
+    for key, check in CHECKS.items():
+        if recipe.get(key) not in (None, False, "") and (uses is None or key in uses):
+            found += check(key, recipe)
+    return found
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model's name is meant as a folder of this machine rather than as the id of a Hub repository."""
+    if name.startswith((".", "~", os.sep)):
+        return True
+    first, *rest = Path(name).parts or ("",)
+    return len(rest) > 1 or (len(rest) == 1 and (first == OUTPUTS or Path(first).is_dir()))
+
+
+def _key_problems(recipe: Mapping[str, Any], command: str, also_known: Collection[str]) -> list[str]:
+    known = keys.known()
+    if command != "train":
+        known = {key: schema for key, schema in known.items() if schema["$comment"] != TRAINING_KEYS}
+    found = []
+    for key, value in recipe.items():
+        if key in known:
+            found.append(keys.problem(key, value, known[key]))
+        elif key in keys.known():
+            found.append(f"`{key}` is a key of `llamafactory-cli train`; `{command}` does not take it.")
+        elif not _extra_keys_are_allowed():
+            found.append(keys.unknown(str(key), {*known, *also_known}))
+    return [sentence for sentence in found if sentence]
+
+
+def _extra_keys_are_allowed() -> bool:
+    """LLaMA-Factory's own switches under which it takes keys that the schema does not know."""
+    return any(os.environ.get(name, "0").lower() in ("true", "y", "1") for name in ("ALLOW_EXTRA_ARGS", "USE_MCA"))
+
+
+def _model(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    name = recipe[key]
+    if not isinstance(name, str) or not (looks_local(name) or Path(name).exists()):
+        return []
+    folder = Path(name)
+    if not folder.is_dir():
+        return [f"{key}: there is no folder {name}."]
+    if (folder / "config.json").is_file():
+        return []
+    if (folder / "adapter_config.json").is_file():
+        return [f"{key}: {name} holds an adapter; name it with adapter_name_or_path and its base model with {key}."]
+    return [f"{key}: {name} holds no config.json, so it is not a model folder."]
+
+
+def _adapters(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name in _names(recipe[key]):
+        if not (looks_local(name) or Path(name).exists()):
+            continue
+        if not Path(name).is_dir():
+            found.append(f"{key}: there is no folder {name}.")
+        elif not (Path(name) / "adapter_config.json").is_file():
+            whole = (Path(name) / "config.json").is_file()
+            hint = "name a whole model with model_name_or_path" if whole else "training writes one at its end"
+            found.append(f"{key}: {name} holds no adapter_config.json, so it is not an adapter; {hint}.")
+    return found
+
+
+def _datasets(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    folder = recipe.get("dataset_dir", keys.known()["dataset_dir"]["default"])
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return []
+    registry = Path(folder) / DATASET_INFO
+    if not registry.is_file():
+        return [f"dataset_dir: there is no {registry}, in which datasets are registered."]
+    try:
+        entries = json.loads(registry.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"{registry} is not JSON: {error}."]
+    return [sentence for name in _names(recipe[key]) if (sentence := _dataset_problem(key, name, entries, registry))]
+
+
+def _dataset_problem(key: str, name: str, entries: Mapping[str, Any], registry: Path) -> str | None:
+    if name not in entries:
+        near = keys.nearest(name, entries)
+        hint = f"did you mean `{near}`?" if near else f"it names {', '.join(sorted(entries))}."
+        return f"{key}: {name} is not registered in {registry}; {hint}"
+    entry = entries[name]
+    if not isinstance(entry, dict) or any(remote in entry for remote in REMOTE_ENTRIES):
+        return None
+    if "file_name" not in entry:
+        return f"{registry}: {name} has no file_name and no address of a Hub."
+    path = Path(os.path.normpath(registry.parent / entry["file_name"]))
+    return None if path.exists() else f"{key}: {path}, the data of {name}, does not exist (registered in {registry})."
+
+
+def _file(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    name = recipe[key]
+    is_path = isinstance(name, str) and (name.endswith(".json") or os.sep in name)  # DeepSpeed also takes base64
+    return [f"{key}: there is no file {name}."] if is_path and not Path(name).is_file() else []
+
+
+def _folder(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    name = recipe[key]
+    return [f"{key}: there is no folder {name}."] if isinstance(name, str) and not Path(name).is_dir() else []
+
+
+def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    if recipe[key] is not True or recipe.get("use_cpu") is True or not accelerator.only_nvidia():
+        return []
+    capabilities = accelerator.compute_capabilities()
+    if capabilities is None:
+        return []
+    if not capabilities:
+        return [f"{key}: true needs a GPU, and this machine has none; set `{key}: false`."]
+    oldest = min(capabilities)
+    if key != "fp16" and oldest < accelerator.BF16_SINCE:
+        hint = f"`{key}: false`" + (" and `fp16: true`" if key == "bf16" else "")
+        return [f"{key}: true needs a GPU of compute capability 8.0, this one has {oldest[0]}.{oldest[1]}; set {hint}."]
+    return []
+
+
+def _names(value: Any) -> list[str]:
+    """The names in `a,b` or in a list."""
+    names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [str(name).strip() for name in names]
+
+
+CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
+    "model_name_or_path": _model,
+    "adapter_name_or_path": _adapters,
+    "dataset": _datasets,
+    "eval_dataset": _datasets,
+    "media_dir": _folder,
+    "resume_from_checkpoint": _folder,
+    "deepspeed": _file,
+    "fsdp_config": _file,
+    "accelerator_config": _file,
+    "bf16": _precision,
+    "pure_bf16": _precision,
+    "fp16": _precision,
+}
