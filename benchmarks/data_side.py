@@ -60,7 +60,7 @@ def one_side(side: str, geometry: str, folder: Path, collate: int) -> dict:
 
     seconds: dict[str, float] = {}
     if side == "ours":
-        from llava_orpo import pairs, rlaif_v
+        from llava_orpo.data import pairs, rlaif_v
 
         clock(pairs.PairProcessor, "preprocess_dataset", seconds)
         clock(rlaif_v, "index_images", seconds)
@@ -78,7 +78,7 @@ def one_side(side: str, geometry: str, folder: Path, collate: int) -> dict:
     whole = time.perf_counter() - started
 
     if side == "ours":
-        from llava_orpo.collator import SharedPrefixCollator
+        from llava_orpo.step.collator import SharedPrefixCollator
 
         collator = SharedPrefixCollator(module["processor"], module["tokenizer"].convert_tokens_to_ids("<image>"))
     else:
@@ -144,7 +144,7 @@ def main() -> None:
     sides = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        setting.write_rows(folder, args.rows, 1, sizes=setting.make_photo_pairs.SIZES)
+        setting.write_rows(folder, args.rows, 1, sizes=setting.photo_pairs.SIZES)
         size = (folder / "rows.parquet").stat().st_size
         for side in SIDES:
             environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / f"cache-{side}")}

@@ -21,7 +21,7 @@ import orpo_step
 import setting
 import torch
 
-REAL_7B = setting.make_random_llava.Geometry((4096, 14336, 32, 32, 8), (1024, 4096, 24, 16))
+REAL_7B = setting.random_llava.Geometry((4096, 14336, 32, 32, 8), (1024, 4096, 24, 16))
 VOCABULARY = 32064
 RANK = setting.lora_rank(REAL_7B)
 GPUS = {"24 GB (RTX 4090)": (24e9, 165e12), "80 GB (A100)": (80e9, 312e12)}  # bytes, dense bf16 FLOP/s
@@ -159,7 +159,7 @@ def works_of(side: str, micro: list[dict]) -> list[Work]:
     lengths = packed.response_lengths
     chosen, rejected = sum(lengths[:n]) / n, sum(lengths[n:]) / n
     question = 0 if n == 1 else tail / n - chosen - rejected
-    tiles = micro[0]["pixel_values"].shape[1]
+    tiles = micro[0]["image_inputs"]["pixel_values"].shape[1]
     return [Work("ours", n, root, 0, question, chosen, rejected, tiles)]
 
 

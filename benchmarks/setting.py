@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 WORK = Path(os.environ.get("LLAVA_ORPO_BENCH_DIR", ROOT / "outputs" / "bench"))
-sys.path.insert(0, str(ROOT / "scripts"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-import make_photo_pairs
-import make_random_llava
+from llava_orpo.tiny import photo_pairs
+from llava_orpo.tiny import random_model as random_llava
 
 PHOTO = [(640, 480)]  # COCO's usual size: 2,340 image tokens
 CHOSEN_WORDS, REJECTED_WORDS = 68, 55  # about 80 and 65 tokens
 GEOMETRIES = {
-    **make_random_llava.GEOMETRIES,
-    "smoke": make_random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56),  # proves nothing but that it runs
+    **random_llava.GEOMETRIES,
+    "smoke": random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56),  # proves nothing but that it runs
 }
 LORA = {
     "finetuning_type": "lora",
@@ -45,17 +43,17 @@ def model_folder(geometry: str) -> Path:
     """A random model of one of `GEOMETRIES`, made at the first use."""
     out = WORK / "models" / geometry
     if not (out / "model.safetensors").exists():
-        make_random_llava.write(GEOMETRIES[geometry], out)
+        random_llava.write(GEOMETRIES[geometry], out)
     return out
 
 
 def write_rows(folder: Path, images: int, pairs_per_image: int, sizes=PHOTO) -> list[dict[str, Any]]:
     """Photograph pairs as <folder>/rows.parquet, with `<image>` before the questions as stock.parquet (what
     LLaMA-Factory needs without the plugin), and a dataset_info.json for both; returns the rows."""
-    rows = make_photo_pairs.rows(images, pairs_per_image, CHOSEN_WORDS, REJECTED_WORDS, sizes=sizes)
-    make_photo_pairs.write(folder / "rows.parquet", rows)
+    rows = photo_pairs.rows(images, pairs_per_image, CHOSEN_WORDS, REJECTED_WORDS, sizes=sizes)
+    photo_pairs.write(folder / "rows.parquet", rows)
     marked = [dict(row, question="<image>\n" + row["question"]) for row in rows]
-    make_photo_pairs.write(folder / "stock.parquet", marked)
+    photo_pairs.write(folder / "stock.parquet", marked)
     columns = {"prompt": "question", "chosen": "chosen", "rejected": "rejected", "images": "image"}
     info = {
         "rows": {"file_name": "rows.parquet", "formatting": "rlaif_v", "ranking": True},
@@ -83,29 +81,15 @@ def without_plugin(keys: dict[str, Any]) -> dict[str, Any]:
     return {**keys, "dataset": "stock", "template": "llava_next_mistral"}
 
 
-class _Built(Exception):
-    pass
-
-
 def build(side: str, geometry: str, folder: Path, **keys):
-    """The trainer that `llamafactory-cli train` would call `train()` (or `evaluate()`) on, stopped before."""
-    from llamafactory.train import tuner
-    from transformers import Trainer
+    """The trainer that `llamafactory-cli train` would call `train()` (or `evaluate()`) on."""
+    from llamafactory.hparams import get_train_args
 
-    caught = []
+    from llava_orpo.integration.run import current
+    from llava_orpo.training import workflow
 
-    def stop(self, *args, **kwargs):
-        caught.append(self)
-        raise _Built
-
-    original, Trainer.train = Trainer.train, stop
-    try:
-        tuner.run_exp(recipe(geometry, folder, shared_prefix=side == "ours", **keys))
-    except _Built:
-        pass
-    finally:
-        Trainer.train = original
-    trainer = caught[0]
+    *arguments, _ = get_train_args(recipe(geometry, folder, shared_prefix=side == "ours", **keys))
+    trainer = workflow.build(current(), *arguments)
     expected = {"stock": "CustomDPOTrainer", "ours": "SharedPrefixTrainer"}[side]
     if type(trainer).__name__ != expected:
         raise RuntimeError(f"side {side} is a {type(trainer).__name__}, not a {expected}")

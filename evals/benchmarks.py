@@ -43,11 +43,13 @@ def main(argv: list[str]) -> int:
             f"lmms-eval is not in this environment. Run: bash scripts/benchmarks.sh {' '.join(argv)}"
         )
     import torch
-    from generate import named_models
-    from harness_model import SessionModel
-    from llava_orpo.session import model_label, open_session, read_recipe, with_model
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
+
+    from llava_orpo.evaluation.generation import named_models
+    from llava_orpo.evaluation.lmms_model import SessionModel
+    from llava_orpo.evaluation.session import open_session
+    from llava_orpo.recipe import model_label, read_recipe, with_model
 
     recipe, own = read_recipe(argv, OWN_KEYS)
     given_output = any(word.startswith("output_dir=") for word in argv)
@@ -61,8 +63,7 @@ def main(argv: list[str]) -> int:
             f"lmms-eval has no task {', '.join(unknown)}. `python -m lmms_eval tasks` lists them."
         )
     if DEMO_TASK in tasks and not DEMO_DATA.exists():
-        sys.path.insert(0, str(HERE / "tasks" / DEMO_TASK))
-        from make_data import write
+        from llava_orpo.tiny.object_questions import write
 
         write(DEMO_DATA)
 

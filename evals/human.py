@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from answer_pairs import AnswerPair, read_answer_pairs, tally_text
 from omegaconf import OmegaConf
-from votes import VoteStore, flipped, summarize
+
+from llava_orpo.evaluation.answer_pairs import AnswerPair, read_answer_pairs, tally_text
+from llava_orpo.evaluation.votes import VoteStore, flipped, summarize
 
 KEYS = {
     "a": None,

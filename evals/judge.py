@@ -26,37 +26,34 @@ run again, judges only what is missing.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import io
-import itertools
 import json
-import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from answer_pairs import AnswerPair, read_answer_pairs, tally, tally_text
-from judge_api import ChatClient, EndpointUnusable, RequestFailed
-from judge_prompt import CRITERIA, REMINDER, RULES, TASK, parse_verdict
 from omegaconf import OmegaConf
-from PIL import Image
-from tqdm import tqdm
+
+from llava_orpo.evaluation.answer_pairs import read_answer_pairs, tally_text
+from llava_orpo.evaluation.judge_api import ChatClient, EndpointUnusable
+from llava_orpo.evaluation.judge_prompt import CRITERIA
+from llava_orpo.evaluation.judging import (
+    ORDERS,
+    REQUEST,
+    confirm,
+    identical,
+    judge,
+    read_verdicts,
+    summarize,
+    verdict_key,
+)
 
 KEYS = {
     "a": None, "b": None, "base_url": None, "model": None, "api_key_env": "OPENAI_API_KEY", "price_in": None,
     "price_out": None, "yes": False, "criteria": None, "request": {}, "concurrency": 4, "timeout": 120.0, "retries": 6,
     "max_pairs": None, "output_dir": None,
 }  # fmt: skip
-REQUEST = {"temperature": 0, "max_tokens": 512}
-ORDERS = ("ab", "ba")  # which side is shown first
-REMINDERS = 2  # how often a judge is asked again for a verdict that can be read
-GIVE_UP = 10  # failures in a row after which the endpoint is taken for broken
-ANSWER_TOKENS = 200  # of a short reasoning with its verdict, for the estimate
-SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 
 
 def main(argv: list[str]) -> int:
@@ -113,219 +110,6 @@ def read_arguments(argv: list[str]) -> tuple[Path, dict[str, Any]]:
     if not own["base_url"] or not own["model"]:
         raise SystemExit("Give base_url=… (with /v1) and model=….")
     return Path(argv[0]), own
-
-
-def identical(pair: AnswerPair) -> bool:
-    """Whether there is nothing to judge: the same answer twice is a tie."""
-    return pair.a.strip() == pair.b.strip()
-
-
-def verdict_key(pair: AnswerPair, order: str, model: str, criteria: str) -> str:
-    """Names everything a verdict depends on."""
-    text = json.dumps([pair.key, order, model, criteria, RULES, TASK])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
-    """{key: record} of verdicts that could be read; a last line that was cut off is taken off the file."""
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        path.write_bytes(whole)
-    records = [json.loads(line) for line in whole.decode().splitlines()]
-    return {record["key"]: record for record in records if record["verdict"]}
-
-
-def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, own: dict[str, Any]) -> None:
-    """Prints what will be sent and what it may cost; asks unless `yes`. Raises SystemExit for a no."""
-    tasks = list(tasks)
-    sizes = [
-        text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image)
-        for p, _ in tasks
-    ]
-    tokens_in, tokens_out = sum(sizes), ANSWER_TOKENS * len(tasks)
-    print(f"{len(tasks)} requests to {own['base_url']} ({done} verdicts are there already), about {tokens_in:,} tokens "
-          f"in and {tokens_out:,} out (4 characters a token, images as OpenAI counts them).")  # fmt: skip
-    if own["price_in"] is not None and own["price_out"] is not None:
-        cost = (tokens_in * float(own["price_in"]) + tokens_out * float(own["price_out"])) / 1e6
-        print(
-            f"About {cost:.2f} US dollars at {own['price_in']} in and {own['price_out']} out per million tokens."
-        )
-    if not own["yes"]:
-        if not sys.stdin.isatty():
-            raise SystemExit("Nothing was sent. Add yes=true to send without being asked.")
-        if input("Send? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise SystemExit("Nothing was sent.")
-
-
-def text_tokens(text: str) -> int:
-    """About four characters a token."""
-    return len(text) // 4 + 1
-
-
-def image_tokens(image: Path | None) -> int:
-    """OpenAI's rule for high detail: 85 and 170 per 512-pixel tile, fitted to 2048 and a shorter side of 768."""
-    if image is None:
-        return 0
-    with Image.open(image) as opened:
-        width, height = opened.size
-    scale = min(1.0, 2048 / max(width, height))
-    scale = min(scale, 768 / min(width, height))
-    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
-
-
-async def judge(
-    client: ChatClient,
-    waiting: dict[str, tuple[AnswerPair, str]],
-    done: dict[str, dict[str, Any]],
-    verdicts: Path,
-    model: str,
-    criteria: str,
-    request: dict[str, Any],
-    concurrency: int,
-) -> dict[str, str]:
-    """Asks for the waiting verdicts, `concurrency` at a time; each goes to `done` and the file as it comes.
-
-    Returns {key: why it failed}.
-
-    Raises EndpointUnusable, and the same after GIVE_UP failures in a row without a single success.
-    """
-    failed: dict[str, str] = {}
-    row = 0
-    running: dict[asyncio.Task, str] = {}
-    todo = iter(waiting.items())
-    try:
-        with verdicts.open("a", encoding="utf-8") as out, tqdm(total=len(waiting), unit="verdict") as bar:
-            while True:
-                for key, (pair, order) in itertools.islice(todo, concurrency - len(running)):
-                    asking = one_verdict(client, pair, order, model, criteria, request)
-                    running[asyncio.create_task(asking)] = key
-                if not running:
-                    return failed
-                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    key = running.pop(task)
-                    pair, order = waiting[key]
-                    bar.update()
-                    try:
-                        record = {
-                            "key": key,
-                            "dataset": pair.dataset,
-                            "pair_id": pair.pair_id,
-                            **task.result(),
-                        }
-                    except RequestFailed as error:
-                        failed[key] = str(error)
-                        row += 1
-                        if row >= GIVE_UP:
-                            raise EndpointUnusable(
-                                f"{row} requests in a row failed; the last: {error}"
-                            ) from None
-                        continue
-                    row = 0
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    out.flush()
-                    if record["verdict"]:
-                        done[key] = record
-                    else:
-                        failed[key] = f"no verdict in: {record['text'][-200:]!r}"
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await client.close()
-
-
-async def one_verdict(
-    client: ChatClient, pair: AnswerPair, order: str, model: str, criteria: str, request: dict[str, Any]
-) -> dict[str, Any]:
-    """One record: order, verdict ("A", "B", "tie", None), outcome ("a", "b", "tie", None), text, usage, tries."""
-    first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
-    content: list[dict[str, Any]] = [
-        {"type": "text", "text": TASK.format(question=pair.question, first=first, second=second)}
-    ]
-    if pair.image:
-        content.insert(0, {"type": "image_url", "image_url": {"url": data_url(pair.image)}})
-    messages = [
-        {"role": "system", "content": RULES.format(criteria=criteria)},
-        {"role": "user", "content": content},
-    ]
-    usage, tries = Counter(), 0
-    for _ in range(1 + REMINDERS):
-        answer = await client.ask({"model": model, "messages": messages, **request})
-        usage.update({key: value for key, value in answer["usage"].items() if isinstance(value, int)})
-        tries += answer["tries"]
-        verdict = parse_verdict(answer["text"])
-        if verdict:
-            break
-        messages += [{"role": "assistant", "content": answer["text"]}, {"role": "user", "content": REMINDER}]
-    outcome = {"A": order[0], "B": order[1], "tie": "tie", None: None}[verdict]
-    said = {"order": order, "verdict": verdict, "outcome": outcome, "text": answer["text"]}
-    return {**said, "usage": usage, "tries": tries}
-
-
-def data_url(path: Path) -> str:
-    """The file's own bytes where endpoints know the format, else the picture as PNG."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as opened:
-        kind = SENT_AS_THEY_ARE.get(opened.format)
-        if kind is None:
-            out = io.BytesIO()
-            opened.convert("RGB").save(out, "PNG")
-            kind, data = "png", out.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def summarize(
-    pairs: Sequence[AnswerPair], done: dict[str, dict[str, Any]], model: str, criteria: str
-) -> dict[str, Any]:
-    """Counts of `tally` over the pairs with both verdicts, and how much the order of the answers mattered.
-
-    Adds not_judged; identical (pairs with the same answer twice: a tie, not sent); orders_disagree (pairs
-    whose verdicts name different winners, or one a tie) and its `disagreement_rate`; `position_bias_rate`
-    (pairs in which the same place won twice), both of the pairs that were sent; `first_place_share` (of the
-    verdicts that are no tie); usage; subsets; outcomes (a line a pair).
-    """
-    outcomes, by_subset = [], {}
-    disagree = same_place = same_text = 0
-    places: Counter = Counter()
-    usage: Counter = Counter()
-    for pair in pairs:
-        line = {"key": pair.key, "dataset": pair.dataset, "pair_id": pair.pair_id}
-        if identical(pair):
-            same_text += 1
-            outcomes.append({**line, "outcome": "tie"})
-            by_subset.setdefault(pair.subset, []).append("tie")
-            continue
-        both = [done.get(verdict_key(pair, order, model, criteria)) for order in ORDERS]
-        for record in filter(None, both):
-            usage.update(record["usage"])
-        if None in both:
-            continue
-        sides = [record["outcome"] for record in both]
-        said = [record["verdict"] for record in both]
-        places.update(said)
-        disagree += sides[0] != sides[1]
-        same_place += said[0] == said[1] != "tie"
-        outcome = sides[0] if sides[0] == sides[1] else "tie"
-        outcomes.append({**line, "outcome": outcome})
-        by_subset.setdefault(pair.subset, []).append(outcome)
-    n, judged = len(outcomes), len(outcomes) - same_text
-    decided = places["A"] + places["B"]
-    return {
-        **tally([line["outcome"] for line in outcomes]),
-        "not_judged": len(pairs) - n,
-        "identical": same_text,
-        "orders_disagree": disagree,
-        "disagreement_rate": disagree / judged if judged else None,
-        "position_bias_rate": same_place / judged if judged else None,
-        "first_place_share": places["A"] / decided if decided else None,
-        "usage": dict(usage),
-        "subsets": {name: tally(found) for name, found in sorted(by_subset.items())},
-        "outcomes": outcomes,
-    }
 
 
 def print_summary(summary: dict[str, Any], failed: dict[str, str]) -> None:

@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import generate
-import preference as evaluate_script
-from llava_orpo import preference
-from llava_orpo.session import Session, open_session, read_recipe, with_model
+from llava_orpo.evaluation import generation, resume
+from llava_orpo.evaluation.session import Session, open_session
+from llava_orpo.preference import metrics as preference
+from llava_orpo.recipe import read_recipe, with_model
 
 OWN_KEYS = {"models": None, "trained": None, "prompt": 0, "max_new_tokens": 64, "restart": False}
 HEAD = ["form", "on disk", "preference accuracy", "against the trained form", "answer"]
@@ -64,18 +64,18 @@ def measure(form: dict[str, Any], place: Path, own: dict[str, Any]) -> tuple[lis
     """(scored pairs, `one_answer`) of a form, which is loaded once and let go."""
     place.mkdir(parents=True, exist_ok=True)
     session = open_session(form, str(place))
-    return evaluate_script.evaluate_session(session, place, own["restart"]), one_answer(session, place, own)
+    return resume.evaluate_session(session, place, own["restart"]), one_answer(session, place, own)
 
 
 def one_answer(session: Session, place: Path, own: dict[str, Any]) -> dict[str, str]:
     """{"question", "chosen", "answer"} of the asked prompt, greedy."""
-    positions = generate.unique_prompts(session.rows)
+    positions = generation.unique_prompts(session.rows)
     if not 0 <= own["prompt"] < len(positions):
         raise SystemExit(f"prompt={own['prompt']}: the held-out set has {len(positions)} prompts, counted from 0.")
     position = positions[own["prompt"]]
-    settings = {**generate.OWN_KEYS, "max_new_tokens": own["max_new_tokens"], "restart": own["restart"]}
-    record = generate.answers(session, [position], place, "answer", settings)[position]
-    line = generate.describe(session, position, record, place)
+    settings = {**generation.OWN_KEYS, "max_new_tokens": own["max_new_tokens"], "restart": own["restart"]}
+    record = generation.answers(session, [position], place, "answer", settings)[position]
+    line = generation.describe(session, position, record, place)
     return {"question": line["question"], "chosen": line["chosen"], "answer": record.get("answer", "")}
 
 

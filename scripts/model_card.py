@@ -12,27 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
-from llava_orpo.scored_pairs import read_history
 
-# What a set's publisher says, read from its dataset card; other sets have to be named with --licence.
-DATA = {
-    "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
-    "openbmb/RLHF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
-}
-BASES = {
-    "llava-hf/llava-v1.6-mistral-7b-hf": "Apache 2.0",
-    "llava-hf/llava-v1.6-vicuna-7b-hf": "LLaMA 2 Community License",
-    "llava-hf/llava-v1.6-vicuna-13b-hf": "LLaMA 2 Community License",
-    "llava-hf/llava-v1.6-34b-hf": "Apache 2.0",
-}
-SECRET_KEYS = ("hf_hub_token", "ms_hub_token", "om_hub_token", "api_key")
-NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.bin", "*.partial", ".*"]
+from llava_orpo.export.model_card import is_stock, make_card, push, sources
+from llava_orpo.preference.records import read_history
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -69,149 +55,6 @@ def main(argv: list[str] | None = None) -> Path:
     if args.push:
         print(push(args.folder, args.push, private=not args.public))
     return target
-
-
-def is_stock(readme: Path) -> bool:
-    """Whether a README.md is the template that PEFT or the Trainer writes beside an adapter: nobody's own text."""
-    text = readme.read_text(encoding="utf-8")
-    return "[More Information Needed]" in text or "has been generated automatically according to" in text or MADE_BY in text
-
-
-MADE_BY = "<!-- Written by scripts/model_card.py of LLaVA-ORPO. -->"
-
-
-def sources(recipe: dict[str, Any], registry: dict[str, dict]) -> dict[str, str]:
-    """{registered name: Hub id or file} of the recipe's training sets. Raises SystemExit for an unregistered name."""
-    found = {}
-    for name in str(recipe["dataset"]).split(","):
-        name = name.strip()
-        if name not in registry:
-            raise SystemExit(f"The recipe trains on {name!r}, which dataset_info.json does not hold.")
-        entry = registry[name]
-        found[name] = entry.get("hf_hub_url") or Path(entry["file_name"]).name
-    return found
-
-
-def make_card(
-    name: str, recipe: dict[str, Any], recipe_name: str, data: dict[str, str], history: list[dict],
-    adapter: bool = False, licence: str | None = None,
-) -> str:  # fmt: skip
-    """The text of the card. name: the Hub address, or a short name; history: entries of preference_eval.json."""
-    base = str(recipe["model_name_or_path"])
-    hub_base = not Path(base).exists() and base.count("/") == 1
-    known = [DATA[source] for source in data.values() if source in DATA]
-    licence_id = licence or (known[0][0] if known else None)
-    meta: dict[str, Any] = {
-        "license": licence_id,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "base_model": base if hub_base else None,
-        "base_model_relation": ("adapter" if adapter else "finetune") if hub_base else None,
-        "datasets": sorted({source for source in data.values() if source in DATA}) or None,
-        "tags": ["llava_next", "orpo", "preference-optimization", "llama-factory"],
-    }
-    meta = {key: value for key, value in meta.items() if value is not None}
-    method = f"{recipe.get('pref_loss', 'sigmoid').upper()} (weight {recipe.get('pref_beta', 0.1)})"
-    bits = recipe.get("quantization_bit")
-    full = recipe.get("finetuning_type", "lora") != "lora"
-    tuning = "training of all parameters" if full else f"LoRA of rank {recipe.get('lora_rank', 8)}"
-    tuning += f" on the {bits}-bit base model" if bits else ""
-    parts = [
-        "---\n" + yaml.safe_dump(meta, sort_keys=False) + "---",
-        f"{MADE_BY}\n\n# {name.split('/')[-1]}",
-        f"{base} aligned with {method} by {tuning}, on {', '.join(data)}. "
-        + ("This is the adapter; it needs the base model." if adapter else "Adapter and base are merged."),
-        usage(name, adapter, base),
-        "## Measured\n\n" + measured(history),
-        "## Data and licences\n\n" + licences(base, data, licence),
-        f"## Recipe\n\n`llamafactory-cli train {recipe_name}` with LLaMA-Factory and the llava_orpo plugin:\n\n"
-        "```yaml\n" + yaml.safe_dump(public(recipe), sort_keys=False) + "```",
-        "## Limits\n\nAligned to prefer the answers that its data marks as more faithful to the image. It still invents "
-        "things, and was not tested for safety. Preference accuracy says which of two given answers the model finds "
-        "likelier, not how often its own answers are right.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def public(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without secrets, and with absolute paths cut to their last part."""
-    shown = {key: value for key, value in recipe.items() if key not in SECRET_KEYS}
-    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in shown.items()}
-
-
-def usage(name: str, adapter: bool, base: str) -> str:
-    """A snippet that loads the model and asks it with the checkpoint's own chat template."""
-    load = (
-        f'model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto", device_map="auto")\n'
-        f'model = PeftModel.from_pretrained(model, "{name}")\nprocessor = AutoProcessor.from_pretrained("{base}")'
-        if adapter
-        else f'model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")\n'
-        f'processor = AutoProcessor.from_pretrained("{name}")'
-    )
-    imports = ("from peft import PeftModel\n" if adapter else "") + "from PIL import Image\n"
-    return (
-        f"## Use\n\n```python\n{imports}from transformers import AutoModelForImageTextToText, AutoProcessor\n\n{load}\n"
-        'content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]\n'
-        'prompt = processor.apply_chat_template([{"role": "user", "content": content}])\n'
-        'inputs = processor(images=Image.open("photo.jpg").convert("RGB"), text=prompt, return_tensors="pt")\n'
-        "out = model.generate(**inputs.to(model.device), max_new_tokens=256, do_sample=False)\n"
-        'print(processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
-    )
-
-
-def measured(history: list[dict]) -> str:
-    """A table of the last evaluation of each set, beside the one before training (step 0) where there is one."""
-    if not history:
-        return "No evaluation was given (`evals/preference.py` makes one)."
-    rows = [
-        "| set | | pairs | preference accuracy (95 % interval) | margin, nats per token | SFT loss |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for name in dict.fromkeys(entry["dataset"] for entry in history):
-        entries = [entry for entry in history if entry["dataset"] == name]
-        last = entries[-1]
-        first = entries[0] if len(entries) > 1 and entries[0]["step"] == 0 and last["step"] > 0 else None
-        for label, entry in (("before", first), (f"step {last['step']}" if last["step"] else "this model", last)):
-            if entry is not None:
-                rows.append(row(name, label, entry["metrics"]))
-        for condition in ("grey", "other"):
-            if last.get("grounding"):
-                shown = "a grey image" if condition == "grey" else "another image"
-                rows.append(row(name, f"shown {shown}", last["grounding"][condition]))
-    return "\n".join(rows) + (
-        "\n\nA pair counts as right when the mean log-prob of the chosen answer is strictly higher than that of the "
-        "rejected one."
-    )
-
-
-def row(name: str, label: str, m: dict[str, Any]) -> str:
-    """One line of the table."""
-    accuracy, low, high = (100 * m[f"preference_accuracy{end}"] for end in ("", "_low", "_high"))
-    sft = f"{m['sft_loss']:.3f}" if "sft_loss" in m else ""  # not kept for the grounding conditions
-    return (
-        f"| {name} | {label} | {m['n']} | {accuracy:.1f} % ({low:.1f} to {high:.1f}) | {m['logps/margin']:+.3f} "
-        f"| {sft} |"
-    )
-
-
-def licences(base: str, data: dict[str, str], licence: str | None) -> str:
-    """What the base model's and the data's publishers ask of whoever uses these weights."""
-    lines = [f"- Base model {base}: {BASES.get(base, 'see its own model card')}."]
-    for name, source in data.items():
-        terms = DATA[source][1] if source in DATA else licence or "licence not known to this card's writer"
-        lines.append(f"- Training data {name} ({source}): {terms}.")
-    if any(source in DATA for source in data.values()):
-        lines.append("- So these weights are for non-commercial use, whatever the base model's licence allows.")
-    return "\n".join(lines)
-
-
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads the folder (not its checkpoints, logs and example images); returns the address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED))
 
 
 if __name__ == "__main__":

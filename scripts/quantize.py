@@ -24,46 +24,14 @@ Run on CPU with llm-compressor 0.14.0.1. With an accelerator llm-compressor move
 from __future__ import annotations
 
 import argparse
-import gc
-import os
-import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# The package is not installed in this environment, because llamafactory is not.
-sys.path.insert(0, str(ROOT / "plugins"))
 
-import calibration  # noqa: E402
-from llava_orpo.checkpoint import check_folder, load_checked, read_config  # noqa: E402
-from llava_orpo.checkpoint_files import (  # noqa: E402
-    CheckpointError,
-    check_disk,
-    check_output,
-    fresh_folder,
-    processor_files,
-)
-from quantized_folder import (  # noqa: E402
-    check_reload,
-    hidden_states,
-    is_quantized,
-    packed_state,
-    weight_scheme,
-    write_folder,
-)
-
-LAYER = r"re:.*layers\.\d+\."
-AWQ_MAPPINGS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    # Left out by llm-compressor where heads share keys and values (Mistral): the widths differ.
-    ("self_attn.v_proj", ("self_attn.o_proj",)),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ("mlp.up_proj", ("mlp.down_proj",)),
-)
+from llava_orpo.checkpoint.files import CheckpointError
+from llava_orpo.export import calibration
+from llava_orpo.export.quantize import run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,116 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.samples < 1 or args.group_size < 1:
         parser.error("--samples and --group-size must be positive")
     return args
-
-
-def run(args: argparse.Namespace) -> None:
-    # Whatever can be refused is refused here, before anything is loaded.
-    table = check_model(args.model, args.group_size)
-    if args.out.resolve() == args.model.resolve():
-        raise CheckpointError(f"{args.out} is the model's own folder; write the result somewhere else.")
-    check_output(args.out, args.overwrite)
-    source = calibration.find_source(args.data, args.dataset_dir)
-    size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(args.out.parent, size)  # an upper bound
-    pairs, passed = calibration.choose_pairs(source, args.samples)
-    for reason, count in passed.items():
-        print(f"  {count} rows passed over: {reason}")
-
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(args.model)
-    conversation = calibration.checkpoint_conversation(processor, args.model)
-    model = load_checked(args.model, dtype="auto").eval()
-    device = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
-    with torch.no_grad():
-        samples = calibration.embed_pairs(model, processor, conversation, pairs, device)
-    tokens = sum(sample["inputs_embeds"].shape[1] for sample in samples)
-    print(f"Calibrating on {len(samples)} pairs, {tokens} tokens ({conversation.name})")
-
-    decoder = model.model.language_model
-    quantize_decoder(decoder, samples, args.method, args.group_size, args.model)
-    expected = hidden_states(decoder, samples[0])
-    state = packed_state(model, table)
-    with fresh_folder(args.out, sum(tensor.nbytes for tensor in state.values()), args.overwrite) as partial:
-        write_folder(partial, state, args.model, weight_scheme(args.method, args.group_size))
-        del model, decoder, state
-        gc.collect()
-        check_reload(partial, samples[0], expected)
-    report(args, table, size)
-
-
-def check_model(folder: Path, group_size: int) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Tensor table of a folder that can be quantized. Raises CheckpointError naming what is against it."""
-    config = read_config(folder)
-    if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantized already; give the merged 16-bit model.")
-    table = check_folder(folder)
-    processor_files(folder)
-    widths = {shape[1] for name, (_, shape, _) in table.items() if is_quantized(name)}
-    odd = sorted(width for width in widths if width % group_size)
-    if odd:
-        fits = [size for size in (128, 64, 32) if not any(width % size for width in widths)]
-        remedy = f"--group-size {fits[0]}" if fits else "no usual group size fits"
-        raise CheckpointError(
-            f"{folder}: layers with {', '.join(map(str, odd))} inputs cannot be cut into groups of "
-            f"{group_size}; {remedy}."
-        )
-    return table
-
-
-def quantize_decoder(decoder, samples: list[dict], method: str, group_size: int, folder: Path) -> None:
-    """Quantize every linear layer of a text decoder in place with llm-compressor, block after block.
-
-    samples: keyword arguments of the decoder, one dict a sample. GPTQ is symmetric with static activation
-    order (no g_idx is stored); AWQ has zero points, as its authors' W4A16 has.
-    """
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")  # and its line of error per layer
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from torch.utils.data import DataLoader
-
-    groups = {"group_0": {"targets": ["Linear"], "weights": weight_scheme(method, group_size)}}
-    if method == "gptq":
-        recipe = [GPTQModifier(config_groups=groups, actorder="static")]
-    else:
-        mappings = [
-            AWQMapping(_layer(smooth), [_layer(name) for name in balance]) for smooth, balance in AWQ_MAPPINGS
-        ]
-        recipe = [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=groups)]
-    # oneshot reads config.json there, to see that the model is not quantized yet.
-    decoder.config._name_or_path = str(folder)
-    # AWQ pins its samples for an accelerator even where there is none, and torch then fails.
-    pinning = mock.patch.object(IntermediatesCache, "pin_memory", lambda *_: None)
-    with nullcontext() if torch.accelerator.is_available() else pinning:
-        oneshot(
-            model=decoder, recipe=recipe, dataset=DataLoader(samples, batch_size=None), pipeline="sequential",
-            num_calibration_samples=len(samples),
-        )  # fmt: skip
-
-
-def _layer(name: str) -> str:
-    return LAYER + re.escape(name) + "$"
-
-
-def report(args: argparse.Namespace, table: dict, size: int) -> None:
-    """Sizes on disk, before and after."""
-    new = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
-    layers = [shape for name, (_, shape, _) in table.items() if is_quantized(name)]
-    share = sum(rows * columns for rows, columns in layers) / sum(
-        torch.Size(shape).numel() for _, shape, _ in table.values()
-    )
-    print(
-        f"{args.out}: {args.method.upper()} W4A16, groups of {args.group_size}, {len(layers)} layers "
-        f"({share:.0%} of the weights)"
-    )
-    print(f"  weights on disk {size / 1e6:.2f} MB -> {new / 1e6:.2f} MB ({new / size:.0%})")
 
 
 if __name__ == "__main__":

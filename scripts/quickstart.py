@@ -20,9 +20,10 @@ OUT = Path("outputs/quickstart")
 RECIPE = "recipes/tiny/llava16_orpo_qlora.yaml"
 MODEL, DATA, ADAPTER, MERGED = "outputs/tiny/model", "outputs/tiny/data", "outputs/tiny/orpo_qlora", "outputs/tiny/merged"
 BEFORE = "outputs/evals/tiny-before"
+TINY = "plugins/llava_orpo/tiny"
 SOURCES = {
-    "data": ["scripts/make_demo_data.py", "scripts/demo_world.py"],
-    "model": ["scripts/make_tiny_llava.py", "scripts/tiny_llava_training.py", "scripts/demo_world.py"],
+    "data": [f"{TINY}/world_pairs.py", f"{TINY}/world.py"],
+    "model": [f"{TINY}/model.py", f"{TINY}/training.py", f"{TINY}/world.py"],
 }
 
 

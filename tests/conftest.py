@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no W&B login, few threads' worth of noise."""
+"""Shared by all tests: no network, no W&B login, warnings only."""
 
 import os
 

@@ -66,30 +66,26 @@ def runs_the_command() -> bool:
     return (os.path.splitext(name)[0] in COMMANDS or as_module) and "LOCAL_RANK" not in os.environ
 
 
-def names_a_plugin(args) -> bool:
-    """True when `args` (a mapping, or a command line as a list of strings) carries a `plugins` key."""
-    if isinstance(args, dict):
-        return args.get("plugins") is not None
-    return any(arg == "--plugins" or arg.startswith("--plugins=") for arg in args)
-
-
 def wrap_parser(parser_module) -> None:
     """Wraps `_parse_args`, the one place every LLaMA-Factory command reads its arguments through."""
     parse = parser_module._parse_args
 
     def parse_args(parser, args=None, allow_extra_keys=False):
+        from . import keys
+
         args = parser_module.read_args(args)
-        if not names_a_plugin(args):
-            integration = sys.modules.get("llava_orpo.integration")
-            if integration is not None:
-                integration.deactivate()  # an earlier recipe of this process used the plugin, this one does not
+        if not keys.names_a_plugin(args):
+            run = sys.modules.get("llava_orpo.integration.run")
+            if run is not None:
+                run.deactivate()  # an earlier recipe of this process used the plugin, this one does not
             return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
-        from . import integration, recipe
+        from . import recipe
+        from .integration import activation
 
         if isinstance(args, dict):
             args = recipe.as_meant(args)
-        args = integration.take_arguments(parser, args, allow_extra_keys=allow_extra_keys)
+        args = activation.take_arguments(parser, args, allow_extra_keys=allow_extra_keys)
         return parse(parser, args, allow_extra_keys=allow_extra_keys)
 
     parser_module._parse_args = parse_args

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import PLUGIN_NAME, keys, precheck, recipe
-from .autoload import names_a_plugin
 from .errors import UsageError, hide_tracebacks_of_foreseen_errors, stop
 
 PURPOSES = {
@@ -49,13 +48,13 @@ def check(command: str, words: Sequence[str]) -> bool:
         raise UsageError(f"`{command}` needs a recipe: llamafactory-cli {command} recipe.yaml key=value …")
     first, overrides = words[0], words[1:]
     if first.startswith("-"):
-        return names_a_plugin(list(words))
+        return keys.names_a_plugin(list(words))
     if not first.endswith(recipe.SUFFIXES):
         if first.endswith(JSON_SUFFIX):
             return False
         raise UsageError(f"{first} is not a recipe: its name must end in {' or '.join(recipe.SUFFIXES)}.")
     keys_given = recipe.load(first, overrides)
-    if not names_a_plugin(keys_given):
+    if not keys.names_a_plugin(keys_given):
         _refuse_a_forgotten_plugin(keys_given)
         return False
     meant = recipe.as_meant(keys_given)

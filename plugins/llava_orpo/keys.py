@@ -149,3 +149,10 @@ def _unquoted(text: str, types: set[str]) -> Any:
             return text
         return int(number) if types == {"integer"} and number.is_integer() else number
     return text
+
+
+def names_a_plugin(args) -> bool:
+    """True when `args` (a mapping, or a command line as a list of strings) carries a `plugins` key."""
+    if isinstance(args, dict):
+        return args.get("plugins") is not None
+    return any(arg == "--plugins" or arg.startswith("--plugins=") for arg in args)

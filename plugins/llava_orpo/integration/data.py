@@ -1,4 +1,4 @@
-"""Data: what a recipe with the plugin puts in the place of llamafactory 0.9.5's own (`_swaps` names the places)."""
+"""Data: the replacements for functions of llamafactory 0.9.5's data loader. See `swaps.SWAPS`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import os
 
 from llamafactory.extras import logging
 
-from . import current
+from ..data import rlaif_v
+from ..data.pairs import PairProcessor
+from ..data.template import ExactTemplate
+from .run import current
 
 logger = logging.get_logger("llamafactory." + __name__)
 
 
 def keep_entries(original):
-    def get_dataset_list(dataset_names, dataset_dir):
-        from ..rlaif_v import read_request
+    """Replaces llamafactory.data.loader.get_dataset_list."""
 
+    def get_dataset_list(dataset_names, dataset_dir):
         attributes = original(dataset_names, dataset_dir)
         if isinstance(dataset_dir, dict):
             info = dataset_dir
@@ -27,23 +30,19 @@ def keep_entries(original):
             info = {}
         for name, attribute in zip(dataset_names or [], attributes):
             if attribute.formatting == "rlaif_v":
-                attribute.llava_orpo = read_request(name, info.get(name, {}), current().arguments)
+                attribute.llava_orpo = rlaif_v.read_request(name, info.get(name, {}), current().arguments)
         return attributes
 
     return get_dataset_list
 
 
 def sample_after_filter(original):
+    """Replaces llamafactory.data.loader._load_single_dataset."""
+
     def _load_single_dataset(dataset_attr, model_args, data_args, training_args):
         request = getattr(dataset_attr, "llava_orpo", None)
         if request is None:
             return original(dataset_attr, model_args, data_args, training_args)
-        if data_args.streaming:
-            raise ValueError(
-                f"{request.name}: `streaming: true` is not supported with formatting rlaif_v: the held-out split and "
-                "the image index need the whole dataset once. Leave `streaming` out; nothing but one Arrow copy is "
-                "written."
-            )
         dataset_attr, data_args = copy.copy(dataset_attr), copy.copy(data_args)
         request.max_samples, data_args.max_samples = data_args.max_samples, None
         request.num_samples, dataset_attr.num_samples = dataset_attr.num_samples, None
@@ -53,13 +52,13 @@ def sample_after_filter(original):
 
 
 def align(original):
+    """Replaces llamafactory.data.loader.align_dataset."""
+
     def align_dataset(dataset, dataset_attr, data_args, training_args):
         request = getattr(dataset_attr, "llava_orpo", None)
         if request is None:
             return original(dataset, dataset_attr, data_args, training_args)
-        from ..rlaif_v import align
-
-        aligned = align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
+        aligned = rlaif_v.align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
         current().skipped += [dict(entry, stage="reading") for entry in request.skipped]
         current().considered += request.considered
         logger.info_rank0(
@@ -73,68 +72,44 @@ def align(original):
     return align_dataset
 
 
-def pair_processor(original):
-    def make(template, tokenizer, processor, data_args):
-        from ..pairs import PairProcessor
+def tokenize(original):
+    """Replaces llamafactory.data.loader._get_preprocessed_dataset for pairs in an exact template: `PairProcessor`
+    tokenizes, and what it marks is dropped and noted."""
 
-        if getattr(template, "conversation", None) is None:
-            return original(template=template, tokenizer=tokenizer, processor=processor, data_args=data_args)
-        return PairProcessor(
-            template=template,
-            tokenizer=tokenizer,
-            processor=processor,
-            data_args=data_args,
-            shared_prefix=current().shared_prefix,
-        )
-
-    return make
-
-
-def drop_skipped(original):
-    def _get_preprocessed_dataset(dataset, data_args, training_args, *args, **kwargs):
-        tokenized = original(dataset, data_args, training_args, *args, **kwargs)
-        if tokenized is None or data_args.streaming or "skip" not in (tokenized.column_names or []):
-            return tokenized
-        reasons = tokenized["skip"]
-        ids, names = tokenized["pair_id"], tokenized["dataset"]
+    def _get_preprocessed_dataset(
+        dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False
+    ):
+        if dataset is None or stage != "rm" or not isinstance(template, ExactTemplate):
+            return original(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
         run = current()
-        run.skipped += [
-            {"stage": "tokenizing", "dataset": name, "pair_id": pair_id, "reason": reason}
-            for name, pair_id, reason in zip(names, ids, reasons)
-            if reason
-        ]
-        if any(reasons):
-            tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
-        return tokenized.remove_columns("skip")
+        pairs = PairProcessor(template, tokenizer, processor, data_args, shared_prefix=run.shared_prefix)
+        tokenized = dataset.map(
+            pairs.preprocess_dataset,
+            batched=True,
+            batch_size=data_args.preprocessing_batch_size,
+            remove_columns=dataset.column_names,
+            num_proc=data_args.preprocessing_num_workers,
+            load_from_cache_file=not data_args.overwrite_cache or training_args.local_process_index != 0,
+            desc="Running tokenizer on dataset",
+        )
+        tokenized, skipped = drop_skipped(tokenized)
+        run.skipped += skipped
+        if training_args.should_log and len(tokenized):
+            print("eval example:" if is_eval else "training example:")
+            pairs.print_data_example(tokenized[0])
+        return tokenized
 
     return _get_preprocessed_dataset
 
 
-def report_skipped(folder: str, write: bool) -> None:
-    """Lists skipped rows in `<folder>/skipped_rows.jsonl`; ValueError when their share is above the recipe's limit."""
-    from ..reporting import SKIPPED_FILE, write_skipped
-
-    run = current()
-    if not run.skipped:
-        return
-    path = os.path.join(folder, SKIPPED_FILE)
-    if write:
-        if os.path.exists(path):
-            os.remove(path)
-        write_skipped(folder, run.skipped)
-    share = len(run.skipped) / max(run.considered, len(run.skipped))
-    logger.warning_rank0(f"{len(run.skipped)} pairs skipped ({share:.2%}); each is listed in {path}.")
-    limit = run.arguments.max_skipped_fraction
-    if share > limit:
-        too_long = sum("cutoff_len" in entry["reason"] for entry in run.skipped)
-        advice = (
-            f"{too_long} of them do not fit cutoff_len: raise it (LLaVA-1.6 needs up to 2,900 tokens for an image; "
-            "4096 is safe) or set anyres_max_tiles"
-            if too_long
-            else "look at the listed reasons"
-        )
-        raise ValueError(
-            f"{len(run.skipped)} of {run.considered} pairs ({share:.1%}) would be skipped, more than "
-            f"max_skipped_fraction: {limit}. {advice[0].upper() + advice[1:]}, or raise max_skipped_fraction. "
-            f"The list: {path}"
-        )
+def drop_skipped(tokenized):
+    """(the good pairs, entries of skipped_rows.jsonl for the others) of a dataset that `PairProcessor` made."""
+    reasons, ids, names = tokenized["skip"], tokenized["pair_id"], tokenized["dataset"]
+    skipped = [
+        {"stage": "tokenizing", "dataset": name, "pair_id": pair_id, "reason": reason}
+        for name, pair_id, reason in zip(names, ids, reasons)
+        if reason
+    ]
+    if skipped:
+        tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
+    return tokenized.remove_columns("skip"), skipped

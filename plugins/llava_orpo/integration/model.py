@@ -1,15 +1,21 @@
-"""Model and processor: quantization, tiles, export, chat. See `_swaps`."""
+"""Model and processor: quantization, tiles, export, chat. See `swaps.SWAPS`."""
 
 from __future__ import annotations
 
 import functools
 
-from . import current
+from ..checkpoint.adapter import check_adapter
+from ..checkpoint.files import check_output, resolve_model_dir
+from ..checkpoint.published import save_published
+from ..data.anyres import AnyresGeometry, processor_geometry
+from .run import current
 
 VISION_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # full names: bare ones are ignored
 
 
 def spare_vision(original):
+    """Replaces llamafactory.model.patcher.configure_quantization."""
+
     @functools.wraps(original)
     def configure_quantization(config, tokenizer, model_args, is_trainable, init_kwargs):
         original(config, tokenizer, model_args, is_trainable, init_kwargs)
@@ -21,14 +27,14 @@ def spare_vision(original):
 
 
 def _limited_pinpoints(pinpoints, tile: int) -> list[list[int]]:
-    from ..anyres import AnyresGeometry
-
     limit = current().arguments.anyres_max_tiles
     geometry = AnyresGeometry(tile, 1, tuple(tuple(point) for point in pinpoints))
     return [list(point) for point in geometry.limited(limit).grid_pinpoints]
 
 
 def limit_config(original):
+    """Replaces llamafactory.model.loader.load_config."""
+
     @functools.wraps(original)
     def load_config(model_args):
         config = original(model_args)
@@ -42,12 +48,12 @@ def limit_config(original):
 
 
 def limit_processor(original):
+    """Replaces llamafactory.model.loader.patch_processor."""
+
     @functools.wraps(original)
     def patch_processor(processor, tokenizer, model_args):
         original(processor, tokenizer, model_args)
         if current().arguments.anyres_max_tiles is not None:
-            from ..mm_plugin import processor_geometry
-
             tile = processor_geometry(processor).image_size
             image_processor = processor.image_processor
             image_processor.image_grid_pinpoints = _limited_pinpoints(image_processor.image_grid_pinpoints, tile)
@@ -56,26 +62,25 @@ def limit_processor(original):
 
 
 def published_export(original):
-    """`llamafactory-cli export` loads through tuner.load_model: the model it gets saves itself in published names."""
+    """Replaces llamafactory.train.tuner.load_model, which `llamafactory-cli export` loads through: the model it gets
+    saves itself in published names."""
 
     @functools.wraps(original)
     def load_model(tokenizer, model_args, finetuning_args, *args, **kwargs):
         if model_args.export_dir is None or model_args.export_quantization_bit is not None:
             return original(tokenizer, model_args, finetuning_args, *args, **kwargs)
-        from .. import adapter, checkpoint, checkpoint_files
-
-        base = checkpoint_files.resolve_model_dir(
+        base = resolve_model_dir(
             model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.hf_hub_token
         )
         overwrite = current().arguments.overwrite_export_dir
-        checkpoint_files.check_output(model_args.export_dir, overwrite)
+        check_output(model_args.export_dir, overwrite)
         for path in model_args.adapter_name_or_path or []:
-            adapter.check_adapter(path, base)
+            check_adapter(path, base)
         model = original(tokenizer, model_args, finetuning_args, *args, **kwargs)
 
         def save_pretrained(save_directory, max_shard_size="5GB", **_):
             gigabytes = float(str(max_shard_size).removesuffix("GB"))
-            checkpoint.save_published(model, save_directory, base, max_shard_gb=gigabytes, overwrite=overwrite)
+            save_published(model, save_directory, base, max_shard_gb=gigabytes, overwrite=overwrite)
 
         model.save_pretrained = save_pretrained
         return model
@@ -84,7 +89,8 @@ def published_export(original):
 
 
 def untouched_tokenizer_files(original):
-    """Export must not rewrite the base model's processor files: `save_published` copies them byte by byte."""
+    """Replaces llamafactory.train.tuner.load_tokenizer: export must not rewrite the base model's processor files, which
+    `save_published` copies byte by byte."""
 
     @functools.wraps(original)
     def load_tokenizer(model_args):
@@ -99,7 +105,8 @@ def untouched_tokenizer_files(original):
 
 
 def unedited_answers(original):
-    """The chat engine decodes with clean_up_tokenization_spaces=True, which turns " ?" into "?" and " 's" into "'s"."""
+    """Replaces llamafactory.chat.hf_engine.load_tokenizer: the engine decodes with clean_up_tokenization_spaces=True,
+    which turns " ?" into "?" and " 's" into "'s"."""
 
     @functools.wraps(original)
     def load_tokenizer(model_args):

@@ -1,0 +1,299 @@
+"""Checkpoint folders as files: read and check their tensor tables, write new ones that look whole only when
+they are.
+
+Nothing here knows LLaVA's tensor names (that is checkpoint.py); only torch, safetensors and the standard
+library.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import UserError
+
+INDEX = "model.safetensors.index.json"
+# What a folder must offer so that plain transformers can build its processor: one name of each group. (From
+# tokenizer.model alone transformers 5 builds a llava_next tokenizer that gives other ids.)
+PROCESSOR_GROUPS = {
+    "tokenizer": ("tokenizer.json",),
+    "tokenizer settings": ("tokenizer_config.json",),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
+# Everything that is neither weights nor config.json and decides what a user gets from the folder.
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+COPIED_FOLDERS = ("additional_chat_templates",)
+HEADER_LIMIT = 100_000_000  # safetensors' own limit on the JSON header, bytes
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder cannot be used or written; the message names the file and the remedy."""
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises CheckpointError if the file is absent or cut short."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {path.parent} is not a (whole) checkpoint folder.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not readable JSON ({error}); download or export it again."
+        ) from error
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes (safetensors' codes, e.g. "BF16") and shapes in one .safetensors file, from its header
+    alone.
+
+    Raises CheckpointError if the file is absent, empty, or shorter than its header promises
+    (half-downloaded).
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; download or export the checkpoint again.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(
+                f"{path} ({size} bytes) is not a whole safetensors file: half-downloaded, or a Git LFS "
+                "pointer. Download it again."
+            )
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != promised:
+        raise CheckpointError(
+            f"{path} has {size} bytes but its header promises {promised}: half-downloaded or damaged. "
+            "Download it again."
+        )
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """File name -> tensor names the index assigns to it (None where there is no index), for a folder's
+    safetensors.
+
+    Raises CheckpointError if the folder holds no safetensors weights.
+    """
+    if (folder / INDEX).is_file():
+        files: dict[str, list[str] | None] = {}
+        for tensor, file in read_json(folder / INDEX)["weight_map"].items():
+            files.setdefault(file, []).append(tensor)
+        return files
+    if (folder / "model.safetensors").is_file():
+        return {"model.safetensors": None}
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    raise CheckpointError(
+        f"{folder} holds neither {INDEX} nor model.safetensors"
+        + (f" (it holds: {', '.join(found[:12])})." if found else " (no such folder, or empty).")
+    )
+
+
+def tensor_table(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Tensor name -> (dtype code, shape, file name) for all safetensors weights in `folder`; no weights are
+    read.
+
+    Raises CheckpointError naming the file if a shard is missing or cut short, or lacks a tensor of the index.
+    """
+    folder = Path(folder)
+    table = {}
+    for file, promised in weight_files(folder).items():
+        header = read_header(folder / file)
+        absent = sorted(set(promised or ()) - set(header))
+        if absent:
+            raise CheckpointError(f"{folder / file} lacks {some(absent)}, which {INDEX} promises.")
+        table.update({name: (*entry, file) for name, entry in header.items()})
+    return table
+
+
+def some(items: object, limit: int = 6) -> str:
+    """The first few of `items`, sorted, and how many more, for a message."""
+    names = sorted(str(item) for item in items)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def resolve_model_dir(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """The local folder of a model: itself if it is one, else the Hub snapshot of its small files (no
+    weights).
+
+    Honours the Hub's cache and HF_HUB_OFFLINE. Raises CheckpointError if there is no such folder or
+    repository.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
+        raise CheckpointError(
+            f"{name_or_path} is not a folder; give a checkpoint folder or a Hub id (owner/name)."
+        )
+    from huggingface_hub import snapshot_download
+
+    small = ["*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        found = snapshot_download(
+            str(name_or_path), revision=revision, cache_dir=cache_dir, token=token, allow_patterns=small
+        )
+    except Exception as error:  # the Hub client raises many kinds; all mean the same to the user
+        raise CheckpointError(
+            f"{name_or_path} is neither a folder nor reachable on the Hub ({type(error).__name__}: {error})."
+        ) from error
+    return Path(found)
+
+
+def processor_files(base: Path) -> list[Path]:
+    """Processor, tokenizer, generation and chat-template files of `base`, relative to it.
+
+    Raises CheckpointError naming what is missing for transformers to build the processor.
+    """
+    for what, names in PROCESSOR_GROUPS.items():
+        if not any((base / name).is_file() for name in names):
+            raise CheckpointError(
+                f"{base} has no {what} ({' or '.join(names)}); get the base model's whole folder."
+            )
+    files = [Path(name) for name in COPIED_FILES if (base / name).is_file()]
+    for name in COPIED_FOLDERS:
+        files += sorted(path.relative_to(base) for path in (base / name).rglob("*") if path.is_file())
+    return files
+
+
+def copy_files(base: Path, files: list[Path], folder: Path) -> None:
+    """Copy `files` (relative to `base`) into `folder`, byte for byte."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / file, folder / file)
+
+
+def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
+    """Whether a checkpoint may be written to `out_dir`: call it before long work.
+
+    Raises CheckpointError if it is a file, if it holds files and `overwrite` is false, or if what it holds is
+    not a checkpoint (overwriting never deletes anything else).
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise CheckpointError(f"{out_dir} is a file; choose another output folder.")
+    if not out_dir.is_dir() or not any(out_dir.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{out_dir} already holds files; choose another folder or ask to overwrite it.")
+    if not (out_dir / "config.json").is_file():
+        raise CheckpointError(
+            f"{out_dir} holds files but no config.json, so no checkpoint: remove it yourself."
+        )
+
+
+@contextmanager
+def fresh_folder(out_dir: str | Path, needed_bytes: int, overwrite: bool = False) -> Iterator[Path]:
+    """Write a checkpoint beside its final place: yields '<out_dir>.partial', renames it to `out_dir` on
+    success.
+
+    If the block raises, the partial folder is removed and `out_dir` is as it was. Raises CheckpointError
+    before anything is written: see check_output, check_disk (`needed_bytes`).
+    """
+    out_dir = Path(out_dir)
+    check_output(out_dir, overwrite)
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # left by an interrupted run; its name says it is not whole
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    check_disk(out_dir.parent, needed_bytes)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        old = out_dir.with_name(out_dir.name + ".replaced")
+        out_dir.rename(old)
+        partial.rename(out_dir)
+        shutil.rmtree(old)
+    else:
+        if out_dir.is_dir():
+            out_dir.rmdir()
+        partial.rename(out_dir)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raises CheckpointError if `folder`'s disk has less than `needed_bytes` (and 1 % to spare) free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes * 1.01:
+        raise CheckpointError(
+            f"Not enough disk space in {folder.resolve()}: {needed_bytes / 1e9:.3f} GB needed, "
+            f"{free / 1e9:.3f} GB free."
+        )
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Tensor names split in order into shards of at most `max_shard_bytes` (one larger tensor is a shard
+    alone).
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],
+    fetch: Callable[[str], torch.Tensor],
+    max_shard_gb: float,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index, or as
+    model.safetensors alone when one shard is enough.
+
+    sizes: tensor name -> bytes, in writing order. fetch(name) gives the contiguous CPU tensor; one shard is
+    in memory at a time. Raises CheckpointError if a fetched tensor does not have the size planned for it.
+    """
+    shards = plan_shards(sizes, int(max_shard_gb * 1e9))
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = fetch(name)
+            if tensors[name].nbytes != sizes[name]:
+                raise CheckpointError(f"{name} has {tensors[name].nbytes} bytes, {sizes[name]} were planned.")
+            weight_map[name] = file
+            on_tensor(name)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if len(shards) == 1:
+        return
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,209 @@
+"""Answers of a model to prompts: batches, seeds, records of `generations.jsonl`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+
+from ..data import image_store, images
+from ..data.conversation import Conversation, full_prompt_ids
+from ..data.image_store import load_image
+from ..errors import UserError
+from ..files import evenly
+from ..preference import scoring
+from ..recipe import model_label, with_model
+from ..step.attention import unwrap
+from .resume import Saved, fingerprint
+from .sampling import SeededSampling
+from .session import Session
+
+OWN_KEYS = {
+    "models": None, "max_prompts": None, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "restart": False,
+}  # fmt: skip
+SIDES = ("chosen", "rejected")
+
+
+def named_models(recipe: dict[str, Any], models: str | list | None) -> dict[str, dict[str, Any]]:
+    """{name in the output: recipe that loads the model}. Raises UserError when a model is named twice."""
+    if models is None:
+        return {model_label(recipe): recipe}
+    wanted = [str(model).strip() for model in (models.split(",") if isinstance(models, str) else models)]
+    short = [model if model == "base" else Path(model.rstrip("/")).name for model in wanted]
+    names = [s if short.count(s) == 1 else model for s, model in zip(short, wanted)]
+    if len(set(names)) != len(names) or not all(names):
+        raise UserError(f"models={models}: name every model once.")
+    return {name: with_model(recipe, model) for name, model in zip(names, wanted)}
+
+
+def unique_prompts(rows, limit: int | None = None) -> list[int]:
+    """Positions of the first pair of each (image, prompt), at most `limit` of them, evenly spread."""
+    seen: dict[tuple, int] = {}
+    for position, row in enumerate(rows):
+        seen.setdefault((row["image_hash"] or row["image"], tuple(row["prompt_ids"])), position)
+    found = list(seen.values())
+    if limit is None:
+        return found
+    if limit < 1:
+        raise UserError(f"max_prompts={limit}: must be at least 1.")
+    return evenly(found, limit)
+
+
+def answers(
+    session: Session, positions: Sequence[int], folder: Path, name: str, own: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, saved ones included."""
+    settings = {key: own[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    settings["seed"] = int(session.recipe.get("seed", 0))
+    parts = json.dumps([fingerprint(session), settings if settings["temperature"] else own["max_new_tokens"]])
+    key = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    saved = Saved(folder / f".answers_{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl", key, own["restart"])
+    done = {record["position"]: record for record in saved.records}
+    waiting = [position for position in positions if position not in done]
+    if waiting:
+        with saved.appending(len(positions), len(positions) - len(waiting), "prompt", name) as add:
+            for batch in generate(session, waiting, **settings):
+                add(batch)
+                done.update((record["position"], record) for record in batch)
+    return {position: done[position] for position in positions}
+
+
+def generate(
+    session: Session,
+    positions: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers to the prompts of session.rows[positions], a list of records per batch, longest prompts first.
+
+    Plain transformers `generate` on left-padded batches. Sampling draws from a generator per prompt (see
+    `SeededSampling`): the batch a prompt is in does not change its draws.
+    """
+    ids = scoring.unique_ids(session.rows)
+    image_token = unwrap(session.model).config.image_token_id
+    conversation, tokenizer = session.template.conversation, session.tokenizer
+
+    def load(batch: list[int]):
+        """Runs in the dataloader's workers."""
+        rows, pictures, bad = [], [], []
+        for position in batch:
+            row = dict(session.rows[position], position=position)
+            # the prompt alone: where it makes one token with the start of an answer, a pair's prompt_ids end before it
+            row["prompt_ids"] = conversation.encode_prompt(tokenizer, row["question"], row["image"] is not None)
+            try:
+                picture = load_image(row["image"]) if row["image"] is not None else None
+            except (images.ImageError, OSError) as err:
+                bad.append((row, str(err)))
+                continue
+            rows.append(row)
+            if picture is not None:
+                pictures.append(picture)
+        sequences = [full_prompt_ids(row, image_token) for row in rows]
+        return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
+
+    order = sorted(
+        positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"])
+    )
+    loader = DataLoader(
+        order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers,
+    )  # fmt: skip
+    for rows, bad, inputs in loader:
+        records = [_record(row, ids, bad_image=reason) for row, reason in bad]
+        if rows:
+            seeds = [prompt_seed(row, seed) for row in rows]
+            processors = [SeededSampling(seeds, temperature, top_p)] if temperature else []
+            texts = answer_batch(session, inputs, max_new_tokens, processors)
+            records += [_record(row, ids, answer=text) for row, text in zip(rows, texts)]
+        yield records
+
+
+def batch_inputs(
+    session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence
+) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch, on the CPU: left-padded prompts, RGB pictures in the order of their prompts."""
+    inputs = left_padded(sequences, session.tokenizer.pad_token_id)
+    if pictures:
+        inputs.update(session.processor.image_processor(pictures, return_tensors="pt"))
+    return inputs
+
+
+def answer_batch(
+    session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int, processors: Sequence = (), **streaming
+) -> list[str]:
+    """Texts that the model generates for a batch of `batch_inputs`, by plain transformers `generate`.
+
+    Greedy, unless `processors` hold a SeededSampling. A checkpoint's generation_config.json changes nothing.
+    streaming: a streamer and stopping_criteria for `generate`.
+    """
+    tokenizer = session.tokenizer
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(session.template.conversation, tokenizer),
+    )  # fmt: skip
+    inputs = {key: value.to(session.device) for key, value in inputs.items()}
+    with torch.no_grad(), session.precision():
+        out = session.model.generate(
+            **inputs, generation_config=config, logits_processor=list(processors), **streaming
+        )
+    answers = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, (n, longest), padding on the left."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def end_tokens(conversation: Conversation, tokenizer) -> list[int]:
+    """Ids that end an answer: the one of the training format and the tokenizer's own."""
+    trained = tokenizer.convert_tokens_to_ids(conversation.response[1])
+    return sorted({trained, tokenizer.eos_token_id})
+
+
+def prompt_seed(row: dict[str, Any], seed: int) -> int:
+    """A 63-bit seed from the recipe's seed, the image and the prompt: the same in every batch and model."""
+    text = json.dumps([seed, row["image_hash"], row["prompt_ids"]])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def describe(session: Session, position: int, record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A line of generations.jsonl without answers; the image's original bytes go to images/<hash>.<ext>."""
+    row, tokenizer = session.rows[position], session.tokenizer
+    image = None
+    if row["image"] is not None:
+        data = image_store.read_bytes(row["image"])
+        with Image.open(io.BytesIO(data)) as opened:
+            extension = {"JPEG": "jpg", "MPO": "jpg"}.get(opened.format, opened.format.lower())
+        path = folder / "images" / f"{row['image_hash'] or images.content_hash(data)}.{extension}"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        image = {"path": f"images/{path.name}"}
+    texts = {side: tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True).strip() for side in SIDES}
+    return {
+        "pair_id": record["pair_id"],
+        "dataset": row["dataset"],
+        "subset": f"{row['source']}/{row['question_type']}",
+        "image": image,
+        "question": row["question"],
+        **texts,
+        "answers": {},
+    }
+
+
+def _record(row: dict[str, Any], ids: list[str], **what: str) -> dict[str, Any]:
+    return {"position": row["position"], "dataset": row["dataset"], "pair_id": ids[row["position"]], **what}

@@ -1,0 +1,138 @@
+"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key never shown."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import random
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from ..errors import UserError
+
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+HOPELESS = (401, 403, 404)  # the same for every request: wrong key, address or model name
+LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
+LONGEST_WAIT = 600.0  # a server that asks for more is given up
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class RequestFailed(Exception):
+    """This request got no answer; others may. The message says why."""
+
+
+class EndpointUnusable(Exception):
+    """No request can succeed: wrong key, address or model name."""
+
+
+class ChatClient:
+    """Sends chat requests to `<base_url>/chat/completions`; usable from many tasks of one event loop.
+
+    Args:
+        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises UserError when it carries a
+            password.
+        api_key_env: name of the environment variable that holds the key. The key goes into the Authorization
+            header and nowhere else: texts from the server are cleared of it. Raises UserError when it is not
+            set and the endpoint is not on this machine.
+        timeout: seconds for a whole answer; connecting gets at most 10.
+        retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most
+            60, of which a random half to all is waited; what a Retry-After header asks for comes on top.
+    """
+
+    def __init__(
+        self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0
+    ):
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(
+                f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1."
+            )
+        if parts.username or parts.password:
+            raise UserError(
+                "base_url holds a user or password. Put the key into an environment variable (api_key_env)."
+            )
+        self._key = os.environ.get(api_key_env, "")
+        if not self._key and parts.hostname not in LOCAL:
+            raise UserError(
+                f"The environment variable {api_key_env} is empty; it must hold the key of {parts.hostname}."
+            )
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.retries, self.first_wait = retries, first_wait
+        self.timeout = timeout
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
+            limits=httpx.Limits(max_connections=None),
+            mounts={
+                f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")
+            },  # never through a proxy
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    async def ask(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """{"text": the answer, "usage": the server's token counts or {}, "tries": int}.
+
+        Raises:
+            EndpointUnusable: status 401, 403 or 404.
+            RequestFailed: another refusal, or still no answer after all retries.
+        """
+        problem = ""
+        for tried in range(self.retries + 1):
+            pause = min(self.first_wait * 2**tried, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+            try:
+                async with asyncio.timeout(
+                    self.timeout
+                ):  # httpx's own bounds each read, not the whole answer
+                    response = await self._client.post(self.url, json=payload)
+            except (httpx.TransportError, TimeoutError) as error:  # also refused and broken connections
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                problem = f"status {response.status_code}: {response.text[:300]}"
+                if response.status_code in HOPELESS:
+                    raise EndpointUnusable(self._clean(problem))
+                if response.status_code == 200:
+                    answer = _answer(response)
+                    if answer is not None:
+                        return {**answer, "tries": tried + 1}
+                elif response.status_code not in RETRIED:
+                    raise RequestFailed(self._clean(problem))
+                asked = retry_after(response.headers.get("retry-after"))
+                if asked > LONGEST_WAIT:
+                    raise RequestFailed(self._clean(f"the server asks to wait {asked:.0f} s; {problem}"))
+                pause += asked  # jitter on top, so that waiting requests do not come back together
+            if tried < self.retries:
+                await asyncio.sleep(pause)
+        raise RequestFailed(self._clean(f"no answer after {self.retries + 1} tries; the last: {problem}"))
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _answer(response: httpx.Response) -> dict[str, Any] | None:
+    """Text and token counts of a chat completion; None for a body that is none."""
+    try:
+        body = response.json()
+        return {"text": body["choices"][0]["message"]["content"] or "", "usage": body.get("usage") or {}}
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for: a number, or an HTTP date; 0 when absent or neither."""
+    if not header:
+        return 0.0
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -1,0 +1,107 @@
+"""One evaluation of one model, resumed where an earlier run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..files import json_line, whole_lines, write_atomic
+from ..preference import scoring
+from ..preference.records import CONDITIONS
+from ..preference.scoring import ScoredRow
+from ..preference.writing import Evaluation, write_evaluation
+from .session import Session, open_session
+
+FROM_RECIPE = (
+    "model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len", "dataset_filter",
+    "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16", "quantize_vision",
+    "quantization_type", "quantization_method", "double_quantization", "infer_dtype",
+)  # fmt: skip
+ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejected_ids")  # what a score depends on
+
+
+class Saved:
+    """An append-only file of records, which an interrupted run leaves and the next run of the same work continues.
+
+    Its first line holds a key that names the work. `records` are those of an earlier run with the same key; a file of
+    other work, or with restart, starts anew, and a last line that was cut off is dropped.
+    """
+
+    def __init__(self, path: Path, key: str, restart: bool = False):
+        self.path = path
+        self.records: list[dict[str, Any]] = [] if restart or not path.exists() else _read(path, key)
+        write_atomic(path, "".join(map(json_line, [{"key": key}, *self.records])))
+
+    @contextmanager
+    def appending(self, total: int, there: int, unit: str, name: str) -> Iterator[Callable[[list[dict]], None]]:
+        """A function that appends records, under a progress bar from `there` to `total`."""
+        with self.path.open("a", encoding="utf-8") as out, tqdm(total=total, initial=there, unit=unit, desc=name) as bar:
+
+            def add(records: list[dict[str, Any]]) -> None:
+                out.writelines(map(json_line, records))
+                out.flush()
+                bar.update(len(records))
+
+            yield add
+
+
+def _read(path: Path, key: str) -> list[dict[str, Any]]:
+    first, *rest = whole_lines(path.read_bytes()).decode("utf-8").splitlines() or [""]
+    try:
+        return [json.loads(line) for line in rest] if json.loads(first).get("key") == key else []
+    except (json.JSONDecodeError, AttributeError):
+        return []
+
+
+def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> Evaluation:
+    """Scores the recipe's model on its eval_dataset into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return evaluate_session(open_session(recipe, str(folder)), folder, restart)
+
+
+def evaluate_session(session: Session, folder: Path, restart: bool = False) -> Evaluation:
+    """`evaluate` with a model that is loaded already."""
+    conditions = CONDITIONS if session.arguments.grounding_eval else ("true",)
+    merged = {condition: scoring.merge([score(session, folder, condition, restart)]) for condition in conditions}
+    evaluation = Evaluation.of(merged, session.beta, session.arguments.eval_min_subset)
+    count = session.arguments.eval_examples
+    write_evaluation(folder, session.rows, evaluation, session.tokenizer, count, step=0, epoch=0.0)
+    return evaluation
+
+
+def score(session: Session, folder: Path, condition: str, restart: bool) -> list[ScoredRow]:
+    """All rows scored; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
+    saved = Saved(folder / f".scored_{condition}.jsonl", fingerprint(session), restart)
+    done = [ScoredRow.from_json(record) for record in saved.records]
+    seen = {row.position for row in done}
+    waiting = [i for i in range(len(session.rows)) if i not in seen]
+    if not waiting:
+        return done
+    size = session.batch_size
+    with saved.appending(len(session.rows), len(done), "pair", condition) as add:
+        return done + scoring.score(
+            session.score_batch, session.rows, scoring.in_groups(session.rows, waiting, size, condition, session.arguments),
+            session.collator, size, condition, num_workers=session.num_workers,
+            on_batch=lambda rows: add([row.to_json() for row in rows]),
+        )  # fmt: skip
+
+
+def fingerprint(session: Session) -> str:
+    """Names what was scored: model, adapter files, data and every key that changes a score."""
+    parts: dict[str, Any] = {key: session.recipe.get(key) for key in FROM_RECIPE}
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        root = Path(str(parts[key]))
+        if root.is_dir():
+            weights = sorted(root.glob("*.safetensors"))
+            parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
+    rows = hashlib.sha256()
+    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(session.rows)):
+        rows.update(json.dumps([name, *row.values()]).encode())
+    parts["rows"] = rows.hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

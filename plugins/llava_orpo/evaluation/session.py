@@ -1,0 +1,109 @@
+"""Model, processor and held-out rows of a recipe, without training: what the scripts in `evals/` start from.
+
+Goes through LLaMA-Factory's own loading, so a base, adapter, merged or quantized model, and any registered dataset,
+is loaded exactly as `llamafactory-cli` would.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import PLUGIN_NAME, autoload
+from ..errors import UserError
+from ..integration import run
+from ..step.collator import SharedPrefixCollator
+from ..step.model import PackedLogps, packed_logps, prepare
+from ..training import workflow
+
+TRAINING_ONLY = (
+    "dataset", "do_train", "deepspeed", "fsdp", "fsdp_config", "eval_on_start", "eval_strategy", "eval_steps",
+    "save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
+    "early_stopping_steps", "plot_loss", "overwrite_output_dir", "run_name", "project", "num_train_epochs", "max_steps",
+    "resume_from_checkpoint",
+)  # fmt: skip
+
+
+@dataclass
+class Session:
+    """A loaded recipe. `rows` are tokenized pairs (see `data.pairs.PairProcessor`), `arguments` the plugin's keys."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    processor: Any
+    template: Any
+    rows: Any
+    collator: SharedPrefixCollator
+    arguments: Any
+    recipe: dict[str, Any]
+    beta: float
+    autocast: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters())
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.recipe.get("per_device_eval_batch_size", 8))
+
+    @property
+    def num_workers(self) -> int:
+        return int(self.recipe.get("dataloader_num_workers", 0))
+
+    def precision(self) -> AbstractContextManager:
+        """The autocast that the recipe's bf16 or fp16 asks for."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Any]) -> PackedLogps:
+        """One forward over a collated batch, in the recipe's precision."""
+        with self.precision():
+            return packed_logps(self.model, batch, self.device)
+
+    def score_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """{"logps": (2n,)} of a collated batch: summed log-probs in nats, chosen first."""
+        return {"logps": self.forward(batch).sums}
+
+
+def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True) -> Session:
+    """Loads model, processor and the recipe's `eval_dataset`. Training keys of the recipe are ignored.
+
+    Raises UserError when the recipe names no eval_dataset, and whatever loading raises.
+    """
+    if need_rows and not recipe.get("eval_dataset"):
+        raise UserError("The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json).")
+    autoload.install()
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    keys = {key: value for key, value in recipe.items() if key not in TRAINING_ONLY}
+    keys.update(plugins=PLUGIN_NAME, stage="dpo", do_train=False, do_eval=need_rows, report_to="none")
+    keys["output_dir"] = output_dir
+    if not keys.get("adapter_name_or_path"):
+        keys.setdefault("finetuning_type", "lora")
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(keys)
+    running = run.current()
+
+    if need_rows:
+        workflow.check(running, model_args, data_args, training_args, finetuning_args)
+    module = load_tokenizer(model_args)
+    tokenizer, processor = module["tokenizer"], module["processor"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    rows = None
+    if need_rows:
+        rows = workflow.read_rows(running, template, module, model_args, data_args, training_args)["eval_dataset"]
+    model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+    if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
+        model.to(training_args.device)
+    prepare(model, training_args.device, running.arguments.attention_backend)
+    collator = SharedPrefixCollator.of(processor, model, running.arguments)
+    autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+    return Session(
+        model.eval(), tokenizer, processor, template, rows, collator, running.arguments, recipe,
+        finetuning_args.pref_beta, autocast,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Takes a recipe with `plugins: llava_orpo` over: its keys, the version, registrations, swapped names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import llamafactory.data.converter as lf_converter
+import llamafactory.data.mm_plugin as lf_mm_plugin
+import llamafactory.data.template as lf_template
+from llamafactory.extras import logging
+from llamafactory.extras.env import VERSION
+from transformers import HfArgumentParser
+
+from .. import arguments as plugin_arguments
+from ..arguments import PluginArguments
+from ..data.mm_plugin import LlavaOrpoPlugin
+from ..data.rlaif_v import RlaifVConverter
+from ..data.template import exact_templates
+from ..errors import UserError
+from .run import Run, start
+from .swaps import SWAPS
+
+TESTED_LLAMAFACTORY = "0.9.5"
+MM_PLUGIN = "llava_orpo"
+logger = logging.get_logger("llamafactory." + __name__)
+
+
+def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
+    """Takes the plugin's keys out of a recipe (a dict, or a command line), activates the plugin, returns the rest.
+
+    Raises UserError for unknown keys (the nearest valid key is named), for values that are not allowed, and for
+    a LLaMA-Factory version other than the tested one.
+    """
+    project = None
+    if isinstance(args, dict):
+        ours, rest = plugin_arguments.split_keys(args)
+        parsed = PluginArguments(**ours)
+        if not allow_extra_keys:
+            known = {name for dtype in parser.dataclass_types for name in dtype.__dataclass_fields__}
+            plugin_arguments.refuse_unknown_keys(list(rest), known)
+        project = rest.get("project")
+    else:
+        parsed, rest = HfArgumentParser(PluginArguments).parse_args_into_dataclasses(
+            args=args, return_remaining_strings=True
+        )
+    check_version(parsed)
+    run = activate(parsed)
+    if project:  # transformers' own `project` key reaches Trackio only
+        run.set_default("WANDB_PROJECT", str(project))
+    listen_locally(run)
+    return rest
+
+
+def listen_locally(run: Run) -> None:
+    """`api` serves 127.0.0.1 unless API_HOST says otherwise (0.9.5 alone: every network interface).
+
+    `webchat` reads GRADIO_SERVER_NAME before its recipe, so there is only a warning when nobody set it.
+    """
+    run.set_default("API_HOST", "127.0.0.1")
+    if "llamafactory.webui.interface" in sys.modules and "GRADIO_SERVER_NAME" not in os.environ:
+        logger.warning_rank0(
+            "webchat is about to listen on every network interface, without a password. "
+            "Start it with GRADIO_SERVER_NAME=127.0.0.1 to keep it to this machine."
+        )
+
+
+def check_version(parsed: PluginArguments) -> None:
+    """Raises UserError when LLaMA-Factory is not the version this package was written for."""
+    if VERSION != TESTED_LLAMAFACTORY:
+        message = (
+            f"llava_orpo was written for llamafactory {TESTED_LLAMAFACTORY}, but {VERSION} is installed. "
+            f"Install llamafactory=={TESTED_LLAMAFACTORY} (see requirements.txt)"
+        )
+        if not parsed.allow_untested_llamafactory:
+            raise UserError(message + ", or set `allow_untested_llamafactory: true` to try anyway.")
+        logger.warning_rank0(message + "; going on because of `allow_untested_llamafactory`.")
+
+
+def activate(parsed: PluginArguments) -> Run:
+    """Registers templates, converter and mm plugin (once per process), swaps the names of `SWAPS`; returns the run."""
+    register()
+    run = Run(parsed, shared_prefix=parsed.shared_prefix)
+    start(run)
+    for module_name, attribute, make in SWAPS:
+        module = importlib.import_module(module_name)
+        original = getattr(module, attribute)
+        run.originals.append((module, attribute, original))
+        setattr(module, attribute, make(original))
+    return run
+
+
+def register() -> None:
+    """The official extension points: register_mm_plugin, register_dataset_converter, register_template."""
+    if MM_PLUGIN in lf_mm_plugin.PLUGINS:
+        return
+    lf_mm_plugin.register_mm_plugin(MM_PLUGIN, LlavaOrpoPlugin)
+    lf_converter.register_dataset_converter("rlaif_v", RlaifVConverter)
+    for name, template_class in exact_templates().items():
+        lf_template.register_template(
+            name=name,
+            mm_plugin=lf_mm_plugin.get_mm_plugin(name=MM_PLUGIN, image_token="<image>"),
+            template_class=template_class,
+        )

@@ -1,0 +1,62 @@
+"""The recipe that is running: its arguments, and the names and variables that were changed for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..arguments import PluginArguments
+
+
+@dataclass
+class Run:
+    """State of a recipe with `plugins: llava_orpo`, from reading its keys until the next recipe of the process.
+
+    arguments      the plugin's keys
+    originals      (module, name, what stood there) of every swapped name
+    variables      names of environment variables that were set for this recipe
+    skipped        rows left out so far, as skipped_rows.jsonl lists them; `considered` of how many
+    shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
+    """
+
+    arguments: PluginArguments
+    originals: list[tuple[Any, str, Any]] = field(default_factory=list)
+    variables: list[str] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    considered: int = 0
+    shared_prefix: bool = True
+
+    def set_default(self, variable: str, value: str) -> None:
+        """Sets an environment variable for this recipe, unless the user has set it."""
+        if variable not in os.environ:
+            os.environ[variable] = value
+            self.variables.append(variable)
+
+
+_run: Run | None = None  # one per process, as LLaMA-Factory's own: its functions have no other way to be told
+
+
+def start(run: Run) -> None:
+    """Makes `run` the current one, after the one before it has been put back."""
+    global _run
+    deactivate()
+    _run = run
+
+
+def deactivate() -> None:
+    """Puts every swapped name and environment variable back: the next recipe may be one without the plugin."""
+    global _run
+    if _run is not None:
+        for module, attribute, original in reversed(_run.originals):
+            setattr(module, attribute, original)
+        for variable in _run.variables:
+            os.environ.pop(variable, None)
+        _run = None
+
+
+def current() -> Run:
+    """The running recipe's state. Raises RuntimeError outside of a recipe with the plugin."""
+    if _run is None:
+        raise RuntimeError("llava_orpo is not active: the recipe needs `plugins: llava_orpo`.")
+    return _run

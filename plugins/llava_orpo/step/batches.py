@@ -1,0 +1,88 @@
+"""Which pairs share a batch: runs of one image, batches filled with whole runs, and the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int) -> list[list[int]]:
+    """Cuts a (shuffled) order of pair indices into runs of one image with at most `max_pairs` pairs each.
+
+    Runs are in the order of their first pair; a pair without an image hash is a run of its own.
+    """
+    runs: list[list[int]] = []
+    open_runs: dict[str, list[int]] = {}
+    for index in order:
+        key = image_hashes[index]
+        run = open_runs.get(key) if key else None
+        if run is None or len(run) >= max_pairs:
+            run = []
+            runs.append(run)
+            if key:
+                open_runs[key] = run
+        run.append(index)
+    return runs
+
+
+def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
+    """An order of all indices in which consecutive batches of `batch_size` hold whole runs as far as they fit.
+
+    Best fit over the runs still open: a run is split only when no waiting run fits the rest of a batch. Every
+    index appears exactly once, so epochs, steps and samples count pairs as without grouping.
+    """
+    waiting: dict[int, list[list[int]]] = {}
+    for run in reversed(runs):
+        for start in range(0, len(run), batch_size):
+            piece = run[start : start + batch_size]
+            waiting.setdefault(len(piece), []).append(piece)
+    order: list[int] = []
+    left = sum(len(piece) for pieces in waiting.values() for piece in pieces)
+    while left:
+        room = batch_size
+        while room and left:
+            size = next((s for s in range(room, 0, -1) if waiting.get(s)), None)
+            if size is None:  # only longer runs wait: split one
+                longer = waiting[min(s for s, pieces in waiting.items() if pieces)].pop()
+                piece, rest = longer[:room], longer[room:]
+                waiting.setdefault(len(rest), []).append(rest)
+            else:
+                piece = waiting[size].pop()
+            order += piece
+            room -= len(piece)
+            left -= len(piece)
+    return order
+
+
+class GroupByImageSampler(Sampler[int]):
+    """Shuffles pairs, then puts pairs of one image into the same batch of `batch_size` (see `fill_batches`).
+
+    Every pair appears once an epoch. The order depends on seed and epoch alone (or is the given one, unshuffled), so a
+    resumed run goes on where it stopped: accelerate calls `set_epoch`, without it epochs are counted here.
+    """
+
+    def __init__(self, image_hashes, batch_size: int, max_pairs: int, shuffle: bool, seed: int = 0):
+        self.image_hashes = list(image_hashes)
+        self.batch_size, self.max_pairs = batch_size, max_pairs
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.image_hashes)
+
+    def __iter__(self) -> Iterator[int]:
+        n = len(self.image_hashes)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
+        order = fill_batches(image_runs(self.image_hashes, order, self.max_pairs), self.batch_size)
+        if self.shuffle:  # best fit puts full runs first: shuffle whole batches, keep a short last one last
+            full = n // self.batch_size
+            picked = torch.randperm(full, generator=generator).tolist()
+            batches = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in picked]
+            order = [index for batch in batches for index in batch] + order[full * self.batch_size :]
+        return iter(order)

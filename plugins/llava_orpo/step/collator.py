@@ -1,0 +1,86 @@
+"""Tokenized pairs to one packed batch; each image decoded and preprocessed once, in the dataloader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import images
+from ..data.conversation import full_prompt_ids
+from ..data.image_store import load_image
+from .attention import unwrap
+from .batches import image_runs
+from .packing import TokenPair, pack
+
+
+@dataclass
+class SharedPrefixCollator:
+    """Pairs (rows of `PairProcessor`) to the keyword dict that `SharedPrefixTrainer` takes.
+
+    Returns
+        packed        PackedBatch; its pairs are in the order of `rows`
+        image_inputs  what the model's image processor makes of the images, handed to the model as it is; empty for
+                      text-only batches. LLaVA-NeXT: pixel_values (num_groups_with_image, max tiles, 3, tile, tile)
+                      and image_sizes (num_groups_with_image, 2), (height, width)
+        weights       (n,) 1.0 for a good pair, 0.0 for one whose image can't be decoded: a grey picture takes its place
+                      so that the batch keeps its shape on every rank, and the pair counts nowhere
+        rows          the n rows, in packed order
+        bad_images    [(index in rows, reason), …]
+
+    With `group_by_image`, pairs of one image share its tokens, at most `max_pairs_per_image` in a group.
+    """
+
+    processor: Any
+    image_token_id: int
+    group_by_image: bool = False
+    max_pairs_per_image: int = 4
+
+    @classmethod
+    def of(cls, processor, model, arguments) -> SharedPrefixCollator:
+        """The collator for a loaded model and a recipe's `PluginArguments`."""
+        token = unwrap(model).config.image_token_id
+        return cls(processor, token, arguments.group_pairs_by_image, arguments.max_pairs_per_image)
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        groups = self._group(features)
+        packed = pack([[self._tokens(row) for row in group] for group in groups], image_token_id=self.image_token_id)
+        rows: list[dict[str, Any]] = []
+        pictures, weights, bad = [], [], []
+        for group in groups:
+            reason = ""
+            if group[0]["image"] is not None:
+                picture, reason = self._load(group[0])
+                pictures.append(picture)
+            bad += [(len(rows) + i, reason) for i in range(len(group)) if reason]
+            weights += [0.0 if reason else 1.0] * len(group)
+            rows += group
+        image_inputs = dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
+        return {
+            "packed": packed,
+            "image_inputs": image_inputs,
+            "weights": torch.tensor(weights),
+            "rows": rows,
+            "bad_images": bad,
+        }
+
+    def _tokens(self, row: dict[str, Any]) -> TokenPair:
+        return TokenPair(full_prompt_ids(row, self.image_token_id), row["chosen_ids"], row["rejected_ids"])
+
+    def _load(self, row: dict[str, Any]):
+        try:
+            return load_image(row["image"]), ""
+        except (images.ImageError, OSError) as err:
+            return images.grey_like(row["width"], row["height"]), str(err)
+
+    def _group(self, features: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        if not self.group_by_image:
+            return [[row] for row in features]
+        # the image shown, which for `ScoredRows` with another image is not the row's own
+        keys = [row.get("shown_hash", row["image_hash"]) if row["image"] is not None else "" for row in features]
+        runs = image_runs(keys, range(len(features)), self.max_pairs_per_image)
+        return [[features[index] for index in run] for run in runs]
+
+

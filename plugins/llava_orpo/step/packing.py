@@ -1,0 +1,349 @@
+"""Packed shared-prefix batches: each image and each prompt once, however many responses follow it.
+
+A batch is ONE row of T tokens without padding. It holds groups; a group is a tree of segments, written in
+pre-order:
+
+    [ root | question a | chosen | rejected | chosen | rejected | question b | chosen | rejected ] [ root ...
+
+root      longest common token prefix of the group's prompts (image level); the whole prompt of a single pair
+question  what is left of a prompt; pairs with equal prompts share it; absent when nothing is left
+responses the tokens of one answer, never shared
+
+A token sees itself, what stands before it in its own segment, and its segment's ancestors; position ids
+continue from the parent's end. So every hidden state equals the one of the plain sequence prompt + response.
+In pre-order each segment's subtree is one interval, which makes the whole rule `j <= i < subtree_end[j]`
+(query i, key j).
+
+Torch only. The attention that reads the layout, and the model call, are in `attention.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from .token_logps import token_logps
+
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to full length."""
+
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the row; `parent` indexes `SharedPrefixLayout.segments` (-1: root of a group);
+    `position` is the position id of the first token."""
+
+    start: int
+    stop: int
+    parent: int
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPositions:
+    """The K' positions of a packed row whose final hidden state is read: each predicts a response token.
+
+    positions  (K',) int64, ascending, each position once
+    counts     how many of them each group holds
+    index      (K,) int64: where each entry of `PackedBatch.logits_to_keep` stands in `positions`
+    """
+
+    positions: torch.Tensor
+    counts: tuple[int, ...]
+    index: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefixLayout:
+    """Who sees whom in a packed row of T tokens.
+
+    segments     all segments in row order
+    groups       per group (root length, tail length); groups follow each other without gaps
+    subtree_end  (T,) int64: end of the subtree of each token's segment
+    read         see ReadPositions
+
+    Masks are computed once per layout and dtype, on the device of `subtree_end`, at their first use.
+    """
+
+    segments: tuple[Segment, ...]
+    groups: tuple[tuple[int, int], ...]
+    subtree_end: torch.Tensor
+    read: ReadPositions
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the length of the row."""
+        return sum(root + tail for root, tail in self.groups)
+
+    @cached_property
+    def _cache(self) -> dict[Any, Any]:
+        return {}  # no dataclass field, so that replace(), hence .to() and FSDP's input casts, starts afresh
+
+    def tail_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Per group the additive mask (1, 1, tail, root + tail) of its tail queries: 0 seen, -inf hidden."""
+        if ("tail", dtype) not in self._cache:
+            rows = torch.arange(self.num_tokens, device=self.subtree_end.device)
+            parts = rows.split([part for group in self.groups for part in group])
+            self._cache["tail", dtype] = self._masks(parts[1::2], dtype)
+        return self._cache["tail", dtype]
+
+    def read_masks(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Per group the additive mask (1, 1, count, root + tail) of its queries at `read.positions`."""
+        if ("read", dtype) not in self._cache:
+            self._cache["read", dtype] = self._masks(self.read.positions.split(self.read.counts), dtype)
+        return self._cache["read", dtype]
+
+    def _masks(self, queries: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        start, masks = 0, []
+        for (root, tail), query in zip(self.groups, queries):
+            stop = start + root + tail
+            key = torch.arange(start, stop, device=self.subtree_end.device)
+            hidden = (key > query[:, None]) | (query[:, None] >= self.subtree_end[start:stop])
+            # Rows padded to 16 elements: CUDA's memory-efficient kernel would else copy the mask per layer.
+            mask = torch.zeros(len(query), -(-(root + tail) // 16) * 16, dtype=dtype, device=hidden.device)
+            masks.append(mask[:, : root + tail].masked_fill_(hidden, float("-inf"))[None, None])
+            start = stop
+        return tuple(masks)
+
+    def block_mask(self):
+        """`torch.nn.attention.flex_attention.BlockMask` of the whole row, from block-wise minima and maxima
+        of `subtree_end`: nothing of size T x T is made. Blocks that only might hold a visible key count as
+        partial."""
+        if "block_mask" not in self._cache:
+            self._cache["block_mask"] = self._block_mask()
+        return self._cache["block_mask"]
+
+    def _block_mask(self):
+        from torch.nn.attention.flex_attention import BlockMask
+
+        end, length = self.subtree_end, self.num_tokens
+        num_blocks = -(-length // FLEX_BLOCK)
+        padded = end.new_zeros(num_blocks * FLEX_BLOCK)
+        padded[:length] = end
+        largest = padded.view(num_blocks, FLEX_BLOCK).amax(1)
+        padded[length:] = end.max()
+        smallest = padded.view(num_blocks, FLEX_BLOCK).amin(1)
+        start = torch.arange(num_blocks, device=end.device) * FLEX_BLOCK
+        stop = (start + FLEX_BLOCK).clamp(max=length)
+        seen = (start[None] <= start[:, None]) & (largest[None] > start[:, None])
+        full = (start[None] < start[:, None]) & (smallest[None] >= stop[:, None])
+
+        def visible(batch, head, query, key):
+            return (key <= query) & (query < end[key])
+
+        def blocks(table):
+            order = torch.argsort(table.int(), dim=-1, descending=True, stable=True)
+            return table.sum(-1).int()[None, None], order.int()[None, None].contiguous()
+
+        return BlockMask.from_kv_blocks(
+            *blocks(seen & ~full),
+            *blocks(full),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=visible,
+            seq_lengths=(length, length),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixLayout:
+        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SharedPrefixLayout:
+        return _map_tensors(self, torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """n pairs packed into one row of T tokens; K response tokens in all.
+
+    input_ids, position_ids  (1, T) int64
+    layout                   see SharedPrefixLayout
+    logits_to_keep           (K,) int64 positions whose logits predict `targets`; a last prompt token is in it
+                             once for each response that starts there
+    targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
+    lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
+    num_image_tokens         placeholders in the row (0 when `pack` was not told the image token)
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: SharedPrefixLayout
+    logits_to_keep: torch.Tensor
+    targets: torch.Tensor
+    lengths: torch.Tensor
+    response_lengths: tuple[int, ...]
+    num_image_tokens: int
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.response_lengths) // 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
+        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Called by `DataLoader(pin_memory=True)`."""
+        return _map_tensors(self, torch.Tensor.pin_memory)
+
+
+def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
+    changes = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            changes[field.name] = move(value)
+        elif isinstance(value, (SharedPrefixLayout, ReadPositions)):
+            changes[field.name] = _map_tensors(value, move)
+    return dataclasses.replace(batch, **changes)
+
+
+def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = None) -> PackedBatch:
+    """Pack groups of pairs into one row. The pairs of a group share one image, or are text-only.
+
+    Raises ValueError naming group and pair for an empty group, prompt or response, and, given
+    `image_token_id`, for image tokens in a response or behind the point where the group's prompts part (the
+    image would stand in the row twice).
+    """
+    row = _Row(image_token_id)
+    pair_index = 0
+    for number, group in enumerate(groups):
+        _check_group(number, group, image_token_id)
+        row.add_group(number, group, pair_index)
+        pair_index += len(group)
+    if pair_index == 0:
+        raise ValueError("nothing to pack: no group was given")
+    return row.finish()
+
+
+def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | None) -> None:
+    if len(group) == 0:
+        raise ValueError(f"group {number} holds no pair: leave it out")
+    for index, pair in enumerate(group):
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            ids = getattr(pair, name)
+            if name != "prompt_ids" and image_token_id in ids:
+                raise ValueError(
+                    f"group {number}, pair {index}: image token in {name}: take <image> out of it"
+                )
+            if len(ids) == 0:
+                raise ValueError(f"group {number}, pair {index}: {name} is empty, it needs one token or more")
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    # The longest common prefix of all is that of the smallest and the largest in lexicographic order.
+    low, high = min(prompts), max(prompts)
+    return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(low, high)))
+
+
+class _Row:
+    """Collects the segments of a row; `finish` turns them into tensors."""
+
+    def __init__(self, image_token_id: int | None):
+        self.image_token_id = image_token_id
+        self.ids: list[int] = []
+        self.segments: list[Segment] = []
+        self.groups: list[tuple[int, int]] = []
+        self.responses: dict[tuple[str, int], tuple[list[int], Sequence[int]]] = {}
+
+    def add_group(self, number: int, group: Sequence[TokenPair], first_pair: int) -> None:
+        start = len(self.ids)
+        prompts = [tuple(pair.prompt_ids) for pair in group]
+        shared = _common_prefix(prompts)
+        if self.image_token_id is not None:
+            for index, prompt in enumerate(prompts):
+                if self.image_token_id in prompt[shared:]:
+                    raise ValueError(
+                        f"group {number}, pair {index}: image tokens after the prompts' common prefix of"
+                        f" {shared} tokens; pairs share an image only when it stands before their questions:"
+                        " put this pair into a group of its own"
+                    )
+        root = self._add_segment(prompts[0][:shared], parent=-1) if shared else -1
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_prompt.setdefault(prompt, []).append(index)
+        for prompt, indices in by_prompt.items():
+            leaf = self._add_segment(prompt[shared:], parent=root) if len(prompt) > shared else root
+            for index in indices:
+                pair = group[index]
+                self._add_response("chosen", first_pair + index, pair.chosen_ids, leaf)
+                self._add_response("rejected", first_pair + index, pair.rejected_ids, leaf)
+        self.groups.append((shared, len(self.ids) - start - shared))
+
+    def _add_segment(self, ids: Sequence[int], parent: int) -> int:
+        above = self.segments[parent] if parent >= 0 else Segment(0, 0, -1, 0)
+        position = above.position + above.stop - above.start
+        self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), parent, position))
+        self.ids.extend(ids)
+        return len(self.segments) - 1
+
+    def _add_response(self, kind: str, pair: int, ids: Sequence[int], parent: int) -> None:
+        segment = self.segments[self._add_segment(ids, parent)]
+        last_prompt_token = self.segments[parent].stop - 1
+        self.responses[kind, pair] = ([last_prompt_token, *range(segment.start, segment.stop - 1)], ids)
+
+    def finish(self) -> PackedBatch:
+        ends = [segment.stop for segment in self.segments]
+        for index in range(len(self.segments) - 1, -1, -1):  # children come after their parent
+            parent = self.segments[index].parent
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[index])
+        sizes = torch.tensor([segment.stop - segment.start for segment in self.segments])
+        starts = torch.tensor([segment.start for segment in self.segments])
+        positions = torch.tensor([segment.position for segment in self.segments])
+        offset = torch.arange(len(self.ids)) - torch.repeat_interleave(starts, sizes)
+        ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
+        keep = torch.tensor([position for positions, _ in ordered for position in positions])
+        read, index = torch.unique(keep, return_inverse=True)
+        group_stops = torch.tensor([root + tail for root, tail in self.groups]).cumsum(0)
+        counts = torch.searchsorted(read, group_stops).diff(prepend=torch.zeros(1, dtype=torch.int64))
+        layout = SharedPrefixLayout(
+            segments=tuple(self.segments),
+            groups=tuple(self.groups),
+            subtree_end=torch.repeat_interleave(torch.tensor(ends), sizes),
+            read=ReadPositions(read, tuple(counts.tolist()), index),
+        )
+        response_lengths = tuple(len(ids) for _, ids in ordered)
+        lengths = torch.tensor(response_lengths)
+        return PackedBatch(
+            input_ids=torch.tensor(self.ids)[None],
+            position_ids=(torch.repeat_interleave(positions, sizes) + offset)[None],
+            layout=layout,
+            logits_to_keep=keep,
+            targets=torch.tensor([token for _, ids in ordered for token in ids]),
+            lengths=lengths,
+            response_lengths=response_lengths,
+            num_image_tokens=0 if self.image_token_id is None else self.ids.count(self.image_token_id),
+        )
+
+
+def response_logps(logits: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-prob in nats of every response, (2n,) fp32, and token counts, (2n,) int64; chosen first.
+
+    logits: (1, K, V) or (K, V) at `packed.logits_to_keep`. Raises ValueError when K does not fit the batch.
+    Each response is summed by itself, so its value does not depend, to the last bit, on the other responses.
+    """
+    logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[0] != packed.targets.shape[0]:
+        raise ValueError(
+            f"{logits.shape[0]} rows of logits for {packed.targets.shape[0]} response tokens;"
+            " was the model called with logits_to_keep=packed.logits_to_keep?"
+        )
+    parts = token_logps(logits, packed.targets).split(packed.response_lengths)
+    return torch.stack([part.sum() for part in parts]), packed.lengths

@@ -1,0 +1,203 @@
+"""The tiny LLaVA-NeXT: tokenizer, processor, model and its training."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import string
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaTokenizer,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    MistralConfig,
+)
+
+from ..checkpoint.published import published_name
+from . import training
+from . import world as demo_world
+
+IMAGE_SIZE, PATCH_SIZE = 56, 14
+# The published five grids, in units of one tile.
+PINPOINTS = [[IMAGE_SIZE * h, IMAGE_SIZE * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+SETTINGS_FILE = "tiny_llava.json"
+# Says what the template of llava-hf/llava-v1.6-mistral-7b-hf says: images before text, "[INST] ... [/INST]", then a
+# space, the answer and </s>. BOS is the tokenizer's.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {{- '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- '[INST] ' -}}
+        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+        {{- ' [/INST]' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + message['content'][0]['text'] + '</s>' -}}
+    {%- else -%}
+        {{- raise_exception('Only system, user and assistant roles are supported!') -}}
+    {%- endif -%}
+{%- endfor -%}"""
+
+
+def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
+    """Train a BPE tokenizer of the Llama kind: ▁ for spaces, byte fallback, BOS in front, no merge across words.
+
+    <image> and <pad> are special tokens behind the trained vocabulary, as in the published checkpoint.
+    """
+    rng = random.Random(f"tokenizer/{seed}")
+    corpus = ["[INST] [/INST]"]
+    for _ in range(turns):
+        question, answer = training.write_turn(
+            demo_world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1
+        )
+        corpus += [
+            question,
+            f" {answer}",
+        ]  # a question follows the image's newline, an answer follows a space
+    specials = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never"), tokenizers.pre_tokenizers.Punctuation()]
+    )
+    printable = [c for c in string.printable if c.isprintable() and c != " "] + ["▁"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=specials, initial_alphabet=printable, show_progress=False
+    )
+    learner.train_from_iterator(corpus, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = LlamaTokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(m) for m in learned["merges"]],
+        legacy=False,
+        add_bos_token=True,
+        padding_side="left",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.model_max_length = 4096
+    return tokenizer
+
+
+def make_processor(tokenizer: LlamaTokenizer) -> LlavaNextProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
+    )
+    return LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: LlamaTokenizer) -> LlavaNextForConditionalGeneration:
+    """A LLaVA-NeXT with random weights (from torch's global seed). LM sizes are multiples of 128 for 4-bit quantizers."""
+    vocabulary = -(-len(tokenizer) // 64) * 64
+    text = MistralConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_theta=10000.0,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=128,
+        hidden_act="quick_gelu",
+    )
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    return model
+
+
+def save(
+    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, out: Path, made: dict
+) -> None:
+    """Write the folder beside `out`, then put it in place in one move."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(part)
+    model.generation_config.save_pretrained(part)
+    processor.save_pretrained(part)
+    tensors = {published_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    (part / SETTINGS_FILE).write_text(json.dumps(made, indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(part, out)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What the weights depend on: the flags, this code and the libraries."""
+    code = hashlib.sha256()
+    for module in (demo_world, training):
+        code.update(Path(module.__file__).read_bytes())
+    code.update(Path(__file__).read_bytes())
+    flags = {name: value for name, value in vars(args).items() if name != "out"}
+    libraries = {lib.__name__: lib.__version__ for lib in (torch, transformers, tokenizers)}
+    return {**flags, "libraries": libraries, "code": code.hexdigest()}
+
+
+def build(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.seed)
+    processor, model = make_processor(tokenizer), make_model(tokenizer)
+    if args.sight_steps == args.steps == 0:
+        return model, processor
+    pictures = training.draw_pictures(processor, args.images, args.seed)
+    sight = args.out.with_name(args.out.name + ".sight")
+    made = settings(args)
+    if (sight / SETTINGS_FILE).exists() and json.loads((sight / SETTINGS_FILE).read_text()) == made:
+        model.model.vision_tower.load_state_dict(load_file(sight / "vision.safetensors"))
+        print(f"vision tower: reused from {sight}")
+    else:
+        training.train_sight(model, pictures, args.sight_steps, args.seed)
+        sight.mkdir(parents=True, exist_ok=True)
+        save_file(model.model.vision_tower.state_dict(), sight / "vision.safetensors")
+        (sight / SETTINGS_FILE).write_text(json.dumps(made))
+    training.train_instructions(model, processor, pictures, args.steps, args.seed, args.hallucination)
+    training.train_instructions(
+        model, processor, pictures, args.habit_steps, args.seed, training.HABIT_RATE, habits=True
+    )
+    return model, processor

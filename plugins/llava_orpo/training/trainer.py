@@ -1,0 +1,315 @@
+"""LLaMA-Factory's preference trainer on shared-prefix batches, with exact evaluation.
+
+Built for llamafactory 0.9.5's `CustomDPOTrainer` (train/dpo/trainer.py). ORPO and SimPO need no reference model;
+losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on the same packed layout.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from llamafactory.extras import logging
+from llamafactory.train.dpo.trainer import CustomDPOTrainer
+from peft import PeftModel
+from transformers.integrations import TrackioCallback
+
+from ..arguments import PluginArguments
+from ..checkpoint import resume
+from ..data.images import content_hash
+from ..data.skipped import write_skipped
+from ..errors import UserError
+from ..preference import scoring, writing
+from ..preference.records import CONDITIONS
+from ..preference.scoring import ScoredRow
+from ..preference.writing import Evaluation
+from ..step import orpo
+from ..step.attention import unwrap
+from ..step.batches import GroupByImageSampler, image_runs
+from ..step.model import packed_logps, prepare
+from .callbacks import TrackioAfterTraining, WandbExamples
+
+logger = logging.get_logger("llamafactory." + __name__)
+
+
+class SharedPrefixTrainer(CustomDPOTrainer):
+    """`CustomDPOTrainer` whose step takes the batches of `SharedPrefixCollator`.
+
+    Logged terms keep the names of LLaMA-Factory and TRL. Two are ours alone to define: `logits/*` is the mean
+    logit at response positions (LLaMA-Factory averages over every position of the padded batch, which are not
+    computed here), and `data_wait_fraction` is the share of the time since the last log spent waiting for data.
+    """
+
+    def __init__(self, *args, plugin_arguments: PluginArguments, **kwargs):
+        self.plugin = plugin_arguments
+        super().__init__(*args, **kwargs)
+        for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
+            line = prepare(model, self.args.device, self.plugin.attention_backend)
+        logger.info_rank0(line)
+        tower = unwrap(self.model).model.vision_tower
+        self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
+        self._bad_images: set[tuple[str, str]] = set()
+        self._waited, self._since = 0.0, time.perf_counter()
+        self.wandb_examples = WandbExamples(self)
+        self.add_callback(self.wandb_examples)
+        for callback in [c for c in self.callback_handler.callbacks if isinstance(c, TrackioCallback)]:
+            self.add_callback(TrackioAfterTraining(callback))
+        if self.plugin.group_pairs_by_image:
+            self._announce_groups()
+
+    # data ---------------------------------------------------------------------------------------------------
+
+    def _announce_groups(self) -> None:
+        if self.train_dataset is None:
+            return
+        hashes = self.train_dataset["image_hash"]
+        runs = image_runs(hashes, range(len(hashes)), self.plugin.max_pairs_per_image)
+        size = self.args.per_device_train_batch_size
+        if size < 2:
+            logger.warning_rank0(
+                "group_pairs_by_image has nothing to group with per_device_train_batch_size: 1; set it to "
+                f"max_pairs_per_image ({self.plugin.max_pairs_per_image}) and lower gradient_accumulation_steps."
+            )
+        logger.info_rank0(
+            f"Grouping pairs by image: {len(hashes)} pairs on {len(set(hashes))} images "
+            f"({len(hashes) / max(len(runs), 1):.2f} pairs per group, at most {self.plugin.max_pairs_per_image})."
+        )
+
+    def _get_train_sampler(self, *args, **kwargs):
+        if not self.plugin.group_pairs_by_image:
+            return super()._get_train_sampler(*args, **kwargs)
+        return GroupByImageSampler(
+            self.train_dataset["image_hash"],
+            self.args.per_device_train_batch_size,
+            self.plugin.max_pairs_per_image,
+            shuffle=not self.finetuning_args.disable_shuffling,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return samples
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 * parameters * tokens (transformers' estimate) with the tokens that really run."""
+        return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["packed"].num_tokens
+
+    # step ---------------------------------------------------------------------------------------------------
+
+    def concatenated_forward(self, model, batch: dict[str, Any], is_ref_model: bool = False) -> dict[str, torch.Tensor]:
+        """One forward for all responses. Log-probs are means for ipo, orpo and simpo, sums otherwise; (n,) each."""
+        packed, logits, sums, lengths = packed_logps(model, batch, self.args.device, skip_unread=self._tower_frozen)
+        means = sums / lengths
+        logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
+        n = packed.n_pairs
+        with torch.no_grad():
+            split = int(packed.lengths[:n].sum())
+            flat = logits.detach().reshape(-1, logits.shape[-1])
+            chosen_logits, rejected_logits = flat[:split].float().mean(), flat[split:].float().mean()
+        return {
+            "chosen_logps": logps[:n],
+            "rejected_logps": logps[n:],
+            "chosen_logps_avg": means[:n],
+            "logps_sum": sums,
+            "chosen_logits": chosen_logits,
+            "rejected_logits": rejected_logits,
+        }
+
+    def pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(per-pair terms, each (n,); the forward's output). Terms: loss, sft_loss, rewards and, for ORPO,
+        odds_ratio_loss and log_odds."""
+        output = self.concatenated_forward(model, batch)
+        chosen, rejected = output["chosen_logps"], output["rejected_logps"]
+        if self.loss_type == "orpo":
+            terms = orpo.orpo_loss(chosen, rejected, self.beta)
+            out = {
+                "loss": terms.loss,
+                "chosen_rewards": self.beta * chosen.detach(),
+                "rejected_rewards": self.beta * rejected.detach(),
+                "odds_ratio_loss": terms.odds_ratio.detach(),
+                "log_odds": terms.log_odds.detach(),
+            }
+        else:
+            reference = self.compute_reference_log_probs(model, batch)
+            losses, chosen_rewards, rejected_rewards = self.compute_preference_loss(chosen, rejected, *reference)
+            out = {"loss": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
+        out["sft_loss"] = -output["chosen_logps_avg"]
+        if self.ftx_gamma > 1e-6:
+            out["loss"] = out["loss"] + self.ftx_gamma * out["sft_loss"]
+        return out, output
+
+    def get_batch_loss_metrics(self, model, batch, train_eval="train"):
+        terms, output = self.pair_losses(model, batch)
+        self._note_bad_images(batch)
+        weights = batch["weights"].to(terms["loss"].device)
+        share = weights / weights.sum().clamp(min=1.0)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return (values * share).sum()
+
+        chosen, rejected = terms["chosen_rewards"], terms["rejected_rewards"]
+        metrics = {
+            "rewards/chosen": mean(chosen),
+            "rewards/rejected": mean(rejected),
+            "rewards/accuracies": mean((chosen > rejected).float()),
+            "rewards/margins": mean(chosen - rejected),
+            "logps/chosen": mean(output["chosen_logps"]),
+            "logps/rejected": mean(output["rejected_logps"]),
+            "logits/chosen": output["chosen_logits"],
+            "logits/rejected": output["rejected_logits"],
+        }
+        if self.loss_type == "orpo":
+            metrics["sft_loss"] = metrics["nll_loss"] = mean(terms["sft_loss"])
+            metrics["odds_ratio_loss"] = mean(terms["odds_ratio_loss"])
+            metrics["log_odds"] = metrics["log_odds_chosen"] = mean(terms["log_odds"])
+            metrics["log_odds_ratio"] = -metrics["odds_ratio_loss"]  # TRL's ORPOTrainer: mean logsigmoid(log_odds)
+        prefix = "eval_" if train_eval == "eval" else ""
+        return mean(terms["loss"]), {f"{prefix}{key}": value.item() for key, value in metrics.items()}
+
+    def _note_bad_images(self, batch: dict[str, Any]) -> None:
+        """Logs and lists each pair whose image could not be decoded, once per run."""
+        for index, reason in batch["bad_images"]:
+            row = batch["rows"][index]
+            name = row["pair_id"] or _image_name(row["image"])  # pairs of other LLaMA-Factory formats have no id
+            if (row["dataset"], name) in self._bad_images:
+                continue
+            self._bad_images.add((row["dataset"], name))
+            logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
+            entry = {"stage": "training", "dataset": row["dataset"], "pair_id": name, "reason": f"bad image: {reason}"}
+            write_skipped(self.args.output_dir, [entry], rank=self.args.process_index)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["data_wait_fraction"] = round(self._waited / max(now - self._since, 1e-9), 4)
+            self._waited, self._since = 0.0, now
+        super().log(logs, *args, **kwargs)
+
+    # whole models -------------------------------------------------------------------------------------------
+
+    def _is_whole_model(self) -> bool:
+        return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._is_whole_model():
+            model = unwrap(self.model)
+            resume.save_into(model, output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            resume.load_into(unwrap(model or self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            resume.load_into(unwrap(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    # evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Scores every pair of the evaluation set once; see `preference.scoring` and `preference.metrics`."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not self.plugin.preference_eval:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, part in dataset.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+
+        self._memory_tracker.start()
+        started = time.perf_counter()
+        conditions = CONDITIONS if self.plugin.grounding_eval else ("true",)
+        merged = {condition: self._score(dataset, condition) for condition in conditions}
+        evaluation = Evaluation.of(merged, self.beta, self.plugin.eval_min_subset)
+        metrics = self._metrics_of(evaluation, metric_key_prefix, time.perf_counter() - started)
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            suffix = "" if metric_key_prefix == "eval" else "_" + metric_key_prefix.removeprefix("eval_")
+            examples = writing.write_evaluation(
+                folder, dataset, evaluation, self.processing_class, self.plugin.eval_examples,
+                step=self.state.global_step, epoch=float(self.state.epoch or 0.0), suffix=suffix,
+            )  # fmt: skip
+            if examples:
+                self.wandb_examples.offer(examples, str(folder))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def evaluated_now(self) -> dict[str, float] | None:
+        """Metrics of the evaluation that training ended with, if the model still is the one of that step."""
+        if self.args.load_best_model_at_end:
+            return None
+        last = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]
+        last = [entry for entry in last if any(key.startswith("eval_") for key in entry)]
+        return {key: value for entry in last for key, value in entry.items() if key != "step"} or None
+
+    def _metrics_of(self, evaluation: Evaluation, prefix: str, seconds: float) -> dict[str, float]:
+        """The scalars of an evaluation as they are logged."""
+        metrics = writing.flat_metrics(evaluation.summary, prefix)
+        if self.loss_type != "orpo":  # the summary knows ORPO's loss; other losses were computed by the trainer
+            losses = [row.loss for row in evaluation.scored["true"]]
+            metrics[f"{prefix}_loss"] = sum(losses) / len(losses)
+        for name in ("grey", "other") if evaluation.grounding else ():
+            accuracy = evaluation.grounding[name]["preference_accuracy"]
+            metrics[f"{prefix}_preference_accuracy_{name}_image"] = accuracy
+        metrics[f"{prefix}_unusable_pairs"] = len(evaluation.unusable)
+        metrics[f"{prefix}_runtime"] = round(seconds, 4)
+        scored = sum(map(len, evaluation.scored.values()))
+        metrics[f"{prefix}_pairs_per_second"] = round(scored / seconds, 3)
+        metrics["epoch"] = self.state.epoch or 0.0
+        return metrics
+
+    def _score(self, dataset, condition: str) -> tuple[list[ScoredRow], list[ScoredRow]]:
+        """(scored, unusable) rows of all ranks."""
+        model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise UserError("Evaluate without training under DeepSpeed is not supported: leave `deepspeed` out.")
+        was_training = model.training
+        model.eval()
+        size = self.args.per_device_eval_batch_size
+        positions = scoring.in_groups(dataset, range(len(dataset)), size, condition, self.plugin)
+        positions = scoring.shard(positions, self.args.process_index, self.args.world_size)
+
+        def score_batch(batch):
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+                terms, output = self.pair_losses(model, batch)
+            self._note_bad_images(batch)
+            return {"logps": output["logps_sum"], "loss": terms["loss"]}
+
+        def on_batch(_scored):
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        def on_loader(loader):
+            self.callback_handler.eval_dataloader = loader
+
+        rows = scoring.score(
+            score_batch, dataset, positions, self.data_collator, size, condition,
+            num_workers=self.args.dataloader_num_workers, on_batch=on_batch, on_loader=on_loader,
+        )  # fmt: skip
+        if was_training:
+            model.train()
+        parts = [rows]
+        if self.args.world_size > 1:
+            parts = [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, rows)
+        return scoring.merge(parts)
+
+
+def _image_name(image: Any) -> str:
+    """A short name for an image reference of another LLaMA-Factory format: its path, or the hash of its bytes."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    return content_hash(image) if isinstance(image, bytes) else str(image)

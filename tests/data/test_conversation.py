@@ -1,0 +1,264 @@
+"""conversation.py against the tokenizer and against the checkpoints' chat templates."""
+
+from __future__ import annotations
+
+import copy
+
+import jinja2
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+from helpers.tokenizers import chatml, joining_bpe, mistral_v1
+from llava_orpo.data.anyres import AnyresGeometry
+from llava_orpo.data.conversation import CONVERSATIONS, expand_image_token
+from llava_orpo.data.private_tokenizer import private_tokenizer
+
+MISTRAL = CONVERSATIONS["llava_v16_mistral"]
+VICUNA = CONVERSATIONS["llava_v16_vicuna"]
+CHATML = CONVERSATIONS["llava_v16_34b"]
+
+# The published templates, as chat_template.json of each checkpoint has them.
+IMAGES = "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+TEXTS = "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+TEMPLATES = {
+    MISTRAL.name: "{% for m in messages %}{% if m['role'] == 'system' %}{{ '<<SYS>>\n'"
+    " + m['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif m['role'] == 'user' %}{{ '[INST] ' }}"
+    + IMAGES
+    + TEXTS
+    + "{{ ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}",
+    VICUNA.name: "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}"
+    "{% endif %}" + IMAGES + TEXTS.replace("c['text']", "c['text'] + ' '") + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    CHATML.name: "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    + IMAGES
+    + TEXTS
+    + "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+
+# Any text, and texts full of what the formats and the small tokenizer are made of.
+PARTS = [
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "T",
+    "th",
+    "]",
+    "[/INST]",
+    ":",
+    "</",
+    "s>",
+    "é",
+    "\u3000",
+    "▁",
+    "🙂",
+    "\t",
+    "a",
+]
+TEXT = st.text(max_size=30) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
+LITERALS = ["<image>", "</s>", "<s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
+LITERAL_TEXT = st.lists(st.sampled_from(LITERALS + PARTS), max_size=6).map("".join)
+
+
+def cases():
+    for conversation in (MISTRAL, VICUNA):
+        yield pytest.param(conversation, mistral_v1, id=conversation.name)
+    yield pytest.param(MISTRAL, lambda: mistral_v1(legacy=True), id="llava_v16_mistral-legacy")
+    yield pytest.param(CHATML, chatml, id="llava_v16_34b")
+    for conversation in CONVERSATIONS.values():
+        yield pytest.param(conversation, joining_bpe, id=f"{conversation.name}-joining")
+
+
+def has_literal(*texts):
+    return any(literal in text for literal in LITERALS for text in texts)
+
+
+def message(role, text, image=False):
+    return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("history", [[], [("Who?", "A cat."), ("Where?", "On a mat.")]])
+@pytest.mark.parametrize("image", [True, False])
+def test_prompt_is_what_the_chat_template_renders(name, system, history, image):
+    messages = [message("system", system)] if system else []
+    for asked, answer in history:
+        messages += [message("user", asked, image and asked == "Who?"), message("assistant", answer)]
+    messages.append(message("user", "What is this?", image and not history))
+    rendered = jinja2.Template(TEMPLATES[name], keep_trailing_newline=True).render(
+        messages=messages, add_generation_prompt=True
+    )
+    assert CONVERSATIONS[name].render_prompt("What is this?", image, system, history) == rendered
+
+
+@pytest.mark.parametrize("name", [MISTRAL.name, CHATML.name])
+def test_response_is_what_the_chat_template_renders_after_the_prompt(name):
+    # Vicuna's template writes no end token after an answer; LLaVA's own conversation does.
+    conversation = CONVERSATIONS[name]
+    turns = [message("user", "What is this?", True), message("assistant", "A cat.")]
+    rendered = jinja2.Template(TEMPLATES[name]).render(messages=turns, add_generation_prompt=False)
+    text = conversation.render_prompt("What is this?", True) + conversation.render_response("A cat.")
+    assert rendered.rstrip() == text
+
+
+def test_known_ids():
+    [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(
+        mistral_v1(), ["What is this?"], ["The cat sat."], [""], [True]
+    )
+    assert prompt == [1, 733, 16289, 28793, 28705, 32000, 13, 3195, 349, 456, 28804, 733, 28748, 16289, 28793]
+    assert chosen == [415, 5255, 2495, 28723, 2]
+    assert rejected == [28705, 2]
+    assert prompt == MISTRAL.encode_prompt(mistral_v1(), "What is this?", True)
+
+
+@pytest.mark.parametrize("conversation, tokenizer", cases())
+@settings(max_examples=80, deadline=None)
+@given(question=TEXT, chosen=TEXT, rejected=TEXT, image=st.booleans())
+@example("", "", "", True)
+@example("What is this?", "\n\nThe", "The", True)
+@example("  a\n", "\n", " T", False)
+def test_ids_equal_the_tokenizer_on_the_whole_string(
+    conversation, tokenizer, question, chosen, rejected, image
+):
+    tokenizer = tokenizer()
+    if has_literal(question, chosen, rejected):
+        return
+    [(prompt, *responses)] = conversation.encode_pairs(tokenizer, [question], [chosen], [rejected], [image])
+    text = conversation.render_prompt(question, image)
+    for answer, response in zip((chosen, rejected), responses, strict=True):
+        assert prompt + response == tokenizer(text + conversation.render_response(answer)).input_ids
+        assert len(response) > 0 and response[-1] == tokenizer.convert_tokens_to_ids(conversation.response[1])
+    assert prompt.count(tokenizer.image_token_id) == image
+    alone = conversation.encode_prompt(tokenizer, question, image)
+    assert alone == tokenizer(text).input_ids
+    if tokenizer is not joining_bpe():  # no piece of the Mistral vocabulary crosses the end of a prompt
+        assert prompt == alone
+
+
+def test_a_piece_across_the_end_of_the_prompt_goes_to_the_response():
+    tokenizer = joining_bpe()
+    [(prompt, chosen, rejected)] = CHATML.encode_pairs(tokenizer, ["a"], ["\nthe"], ["the"], [False])
+    # "\n\n" takes the newline that "t\n" has in the other row, so even the "t" before it differs.
+    assert tokenizer.convert_ids_to_tokens(chosen)[:2] == ["t", "\n\n"]
+    assert tokenizer.convert_ids_to_tokens(rejected)[0] == "t\n"
+    assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "n"
+    [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(tokenizer, ["a"], ["The"], ["a"], [False])
+    assert (
+        tokenizer.convert_ids_to_tokens(chosen)[0] == "]▁T"
+        and tokenizer.convert_ids_to_tokens(rejected)[0] == "]▁"
+    )
+    assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "T"
+
+
+def begins_apart(conversation, tokenizer, answer):
+    private = private_tokenizer(conversation, tokenizer, len(tokenizer))
+    return private.begins_apart(private.conversation.render_response(answer))
+
+
+def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():
+    for conversation in (MISTRAL, VICUNA):  # the published checkpoints' pieces
+        assert begins_apart(conversation, mistral_v1(), "The")
+        assert begins_apart(conversation, mistral_v1(legacy=True), "")
+        assert not begins_apart(conversation, joining_bpe(), "The")
+    assert begins_apart(CHATML, joining_bpe(), "The") and not begins_apart(CHATML, joining_bpe(), "\nThe")
+    assert not begins_apart(CHATML, chatml(), "The")  # its newline is a byte: the vocabulary does not tell
+    cased = copy.deepcopy(mistral_v1())
+    cased.add_tokens(["] T"])  # an ordinary added token may stand across the cut
+    assert not begins_apart(MISTRAL, cased, "The")
+
+
+@pytest.mark.parametrize("conversation, tokenizer", cases())
+@settings(max_examples=40, deadline=None)
+@given(question=LITERAL_TEXT, chosen=LITERAL_TEXT, rejected=LITERAL_TEXT)
+@example("<image></s>", "</s><s>", "<image>")
+def test_special_token_literals_stay_text(conversation, tokenizer, question, chosen, rejected):
+    tokenizer = tokenizer()
+    [(prompt, *responses)] = conversation.encode_pairs(tokenizer, [question], [chosen], [rejected], [True])
+    # Control tokens are those of the same conversation without any text, and no others.
+    [(empty_prompt, empty_response, _)] = conversation.encode_pairs(tokenizer, [""], [""], [""], [True])
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for response in responses:
+        full, empty = prompt + response, empty_prompt + empty_response
+        assert [i for i in full if i in control] == [i for i in empty if i in control]
+    for answer, response in zip((chosen, rejected), responses, strict=True):
+        text = conversation.render_prompt(question, True) + conversation.render_response(answer)
+        decoded = tokenizer.decode(prompt + response, skip_special_tokens=False)
+        if not tokenizer.legacy:  # a legacy tokenizer's extra word-start marks do not survive decoding
+            assert decoded.removeprefix("<s>").lstrip(" ▁") == text.replace("▁", " ").lstrip()
+    assert prompt == conversation.encode_prompt(tokenizer, question, True) or tokenizer is joining_bpe()
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1, 50)])
+def test_ids_equal_the_processor_with_a_real_image(size):
+    geometry = AnyresGeometry(56, 14, ((56, 112), (112, 56), (112, 112)))
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=[list(p) for p in geometry.grid_pinpoints],
+    )
+    processor = LlavaNextProcessor(
+        image_processor, mistral_v1(), 14, "default", num_additional_image_tokens=1
+    )
+    text = MISTRAL.render_prompt("What is this?", True) + MISTRAL.render_response("A cat.")
+    inputs = processor(images=Image.new("RGB", size), text=text)
+    [(prompt, chosen, _)] = MISTRAL.encode_pairs(mistral_v1(), ["What is this?"], ["A cat."], ["x"], [True])
+    expanded = expand_image_token(prompt, 32000, geometry.num_image_tokens(*size))
+    assert inputs["input_ids"] == [expanded + chosen]
+
+
+def test_literal_and_plain_rows_mix_in_a_batch():
+    tokenizer = mistral_v1()
+    rows = [
+        ("Why?", "A cat.", "A dog.", True),
+        ("Is <image> a tag?", "Yes: <image>.", "</s>", True),
+        ("Hi", "a", "b", False),
+    ]
+    together = MISTRAL.encode_pairs(tokenizer, *zip(*rows, strict=True))
+    alone = [MISTRAL.encode_pairs(tokenizer, *zip(row, strict=True))[0] for row in rows]
+    assert together == alone
+    assert together[1][0].count(32000) == 1 and 32000 not in together[1][1] and together[1][2].count(2) == 1
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was_and_ignores_its_truncation():
+    tokenizer = copy.deepcopy(mistral_v1())
+    before = MISTRAL.encode_pairs(tokenizer, ["q"], ["a " * 50], ["b"], [True])
+    tokenizer("a " * 50, truncation=True, max_length=4, padding="max_length")
+    state = tokenizer.backend_tokenizer.to_str()
+    tokenizer.add_tokens(["<new>"])  # a changed tokenizer is copied again
+    assert MISTRAL.encode_pairs(tokenizer, ["q"], ["a " * 50], ["b"], [True]) == before
+    assert "\ufdd0" not in state
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="im_start"):
+        CHATML.encode_prompt(mistral_v1(), "q", True)
+    with pytest.raises(ValueError):
+        MISTRAL.encode_pairs(mistral_v1(), ["q"], ["a", "b"], ["c"], [True])
+
+
+def test_expand_image_token():
+    assert expand_image_token([1, 9, 2], 9, 3) == [1, 9, 9, 9, 2]
+    assert expand_image_token([9], 9, 1) == [9]
+    for ids in ([1, 2], [9, 9]):
+        with pytest.raises(ValueError, match="one image placeholder"):
+            expand_image_token(ids, 9, 3)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("turns", [[("Hi?", "Yes.")], [("a b", "c d"), (" <image> e", "f\n"), ("g", "")]])
+def test_turns_join_to_the_whole_conversation(name, turns):
+    conversation = CONVERSATIONS[name]
+    tokenizer = chatml() if name.endswith("34b") else mistral_v1()
+    encoded = conversation.encode_turns(tokenizer, turns, has_image=True)
+    joined = [i for prompt, response in encoded for i in prompt + response]
+    prompt = conversation.encode_prompt(tokenizer, turns[-1][0], True, history=turns[:-1])
+    assert joined[: len(prompt)] == prompt
+    assert len(encoded) == len(turns) and joined.count(32000) == 1 and encoded[0][0].count(32000) == 1
+    for (_, answer), (_, response) in zip(turns, encoded):
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == answer.strip()

@@ -1,0 +1,195 @@
+"""The benchmark scripts run, write what they promise, and their arithmetic is right. No timing is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import data_side
+import eval_speed
+import extrapolate
+import make_tables
+import measure
+import orpo_step
+import peers
+import pytest
+import setting
+import torch
+import torch.nn.functional as F
+
+from helpers.paths import ROOT
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """Runs a script with --smoke and returns its JSON; one folder for all, so that the page can be made of it."""
+    out = tmp_path_factory.mktemp("results")
+
+    def run(script: str, name: str, *options: str) -> dict:
+        environment = {**os.environ, "LLAVA_ORPO_BENCH_DIR": str(ROOT / "outputs" / "test-cache" / "bench")}
+        command = [sys.executable, str(ROOT / "benchmarks" / script), "--smoke", "--out", str(out), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "|" in done.stdout  # the table
+        return json.loads((out / f"{name}.json").read_text())
+
+    run.folder = out
+    return run
+
+
+def has(result: dict, *names: str) -> None:
+    assert set(names) <= result.keys(), set(names) - result.keys()
+    assert result["command"].startswith("python") and result["machine"]["cores"] >= 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_step(smoke, pairs):
+    result = smoke("orpo_step.py", f"step_smoke_{pairs}", "--pairs-per-image", str(pairs))
+    has(result, "geometry", "pairs_per_image", "sides", "ratios", "gemm_flops_per_second")
+    stock, ours = result["sides"]["stock"], result["sides"]["ours"]
+    for side in (stock, ours):
+        assert side["seconds_per_step"] > 0 and side["pairs_per_second"] > 0 and side["memory"]["peak"] > 0
+        assert side["flops"]["total"] == sum(v for k, v in side["flops"].items() if k != "total")
+        assert min(side["flops"].values()) > 0 and 0 < side["share_of_gemm_rate"]
+    assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert 0 < result["largest_relative_gradient_difference"] < 1e-4
+    assert result["ratios"]["lm_tokens"] > 1.3
+    assert result["ratios"]["flops_attention_and_head"] > 1.5
+    assert 0.3 < sum(result["profile"].values()) <= 1
+
+
+@pytest.mark.heavy
+def test_data_side(smoke):
+    result = smoke("data_side.py", "data_side")
+    has(result, "rows", "parquet_bytes", "sides", "ratios")
+    for side in result["sides"].values():
+        assert side["rows"] == result["rows"] == 8
+        assert min(side[k] for k in ("rows_per_second", "collate_milliseconds_per_pair", "cache_bytes")) > 0
+
+
+@pytest.mark.heavy
+def test_evaluation(smoke):
+    result = smoke("eval_speed.py", "eval_smoke")
+    has(result, "pairs", "batch", "sides", "ratios")
+    stock, ours = result["sides"]["stock"], result["sides"]["ours"]
+    assert ours["eval_loss"] == pytest.approx(stock["eval_loss"], rel=1e-4)
+    assert {"speed", "memory"} == result["ratios"].keys()
+
+
+@pytest.mark.heavy
+def test_peers(smoke):
+    has_swift = (ROOT / ".venv-ms-swift" / "bin" / "swift").exists()
+    result = smoke("peers.py", "peers_smoke", *([] if has_swift else ["--without-swift"]))
+    has(result, "steps", "sides", "ratios")
+    assert result["sides"].keys() == {"stock", "ours"} | ({"swift"} if has_swift else set())
+    for side in result["sides"].values():
+        assert side["seconds_per_step"] > 0 and side["peak_bytes"] > 1e8 and side["whole_run_seconds"] > 0
+
+
+@pytest.mark.heavy
+def test_extrapolation(smoke):
+    result = smoke("extrapolate.py", "extrapolation")
+    has(result, "assumptions", "rows", "formula_over_counter")
+    assert len(result["formula_over_counter"]) == 4
+    assert all(ratio == pytest.approx(1, abs=0.005) for ratio in result["formula_over_counter"].values())
+    assert len(result["rows"]) == 6 and all("computed" not in row for row in result["rows"])
+    text = make_tables.page(smoke.folder)
+    assert "computed, not run" in text and "MFU" not in text
+
+
+def test_flops_of_cpu_attention_are_counted():
+    q = torch.randn(1, 4, 60, 16, requires_grad=True)
+    k = torch.randn(1, 2, 60, 16, requires_grad=True)
+    mask = torch.zeros(1, 1, 60, 60)
+
+    def step(**options):
+        return measure.count_flops(
+            lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=True, **options).sum().backward()
+        )
+
+    assert step(attn_mask=mask)["attention"] == 7 * 2 * 4 * 60 * 60 * 16  # 2 products forward, 5 backward
+    assert step(is_causal=True)["attention"] == 7 * 2 * 4 * (60 * 61 // 2) * 16
+
+
+def test_flops_by_part():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision_tower, self.lm_head = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 32, bias=False)
+            self.layer = torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.lm_head(self.layer(self.vision_tower(x)))
+
+    with torch.no_grad():
+        counts = measure.count_flops(lambda model=Model(): model(torch.randn(5, 8)))
+    assert counts == {"attention": 0, "lm_head": 2 * 5 * 8 * 32, "vision": 640, "rest": 640, "total": 3840}
+
+
+def test_peak_memory_sees_what_was_freed():
+    with measure.peak_memory() as memory:
+        torch.ones(50_000_000).sum()  # 200 MB
+    assert 150e6 < memory["over_load"] < 400e6
+
+
+def test_in_turn_and_table():
+    order: list[str] = []
+    seconds = measure.in_turn({"a": lambda i: order.append(f"a{i}"), "b": lambda i: order.append(f"b{i}")}, 3)
+    assert order == ["a0", "b0", "a1", "b1", "a2", "b2"] and len(seconds["a"]) == len(seconds["b"]) == 3
+    assert measure.table(["x", "y"], [[1.23456, 12345], ["z", 250.4]]).splitlines() == [
+        "| x    | y      |", "|------|--------|", "| 1.23 | 12,345 |", "| z    | 250    |",
+    ]  # fmt: skip
+
+
+def side(seconds, tokens, flops, memory):
+    return {"seconds_per_step": seconds, "lm_tokens": tokens, "flops": flops, "memory": {"over_load": memory}}
+
+
+def test_ratios():
+    flops = [{"attention": a, "lm_head": h, "vision": 1, "rest": r, "total": t} for a, h, r, t in
+             ((30, 60, 40, 131), (10, 5, 20, 36))]  # fmt: skip
+    result = {"sides": {"stock": side(9.0, 400, flops[0], 800), "ours": side(2.0, 100, flops[1], 200)}}
+    assert orpo_step.ratios(result) == {
+        "speed": 4.5, "lm_tokens": 4.0, "flops": 131 / 36, "flops_linear": 2.0, "flops_attention_and_head": 6.0,
+        "memory": 4.0,
+    }  # fmt: skip
+    rates = {"stock": {"pairs_per_second": 2.0, "memory": {"over_load": 6}},
+             "ours": {"pairs_per_second": 5.0, "memory": {"over_load": 2}}}  # fmt: skip
+    assert eval_speed.ratios(rates) == {"speed": 2.5, "memory": 3.0}
+    keys = ("rows_per_second", "get_dataset_seconds", "collate_milliseconds_per_pair", "cache_bytes")
+    data = {"stock": dict(zip(keys, (4.0, 9.0, 8.0, 30))), "ours": dict(zip(keys, (80.0, 3.0, 2.0, 10)))}
+    assert data_side.ratios(data) == {"tokenizing": 20.0, "get_dataset": 3.0, "collate": 4.0, "disk": 3.0}
+    runs = {name: {"seconds_per_step": s, "peak_bytes": b} for name, s, b in
+            (("swift", 6.0, 30), ("stock", 8.0, 20), ("ours", 2.0, 10))}  # fmt: skip
+    assert peers.ratios(runs) == {"swift_speed": 3.0, "swift_memory": 3.0, "stock_speed": 4.0, "stock_memory": 2.0}
+
+
+def test_gradient_difference():
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([1.0])
+    assert setting.largest_difference({"a": a, "b": b * 1.5}, {"a": a, "b": b}) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="different parameters"):
+        setting.largest_difference({"a": a}, {"a": a, "b": b})
+
+
+def test_computed_numbers():
+    works = (extrapolate.Work("stock"), extrapolate.Work("ours"), extrapolate.Work("ours", 4))
+    stock, ours, grouped = (extrapolate.step_flops(extrapolate.REAL_7B, w)["total"] / w.pairs for w in works)
+    assert 1.9 < stock / ours < 2.3 and 2.5 < ours / grouped < 4  # linear layers dominate the 7B
+    with_checkpoints = extrapolate.step_flops(extrapolate.REAL_7B, extrapolate.Work("ours"), True)["total"]
+    assert 1.4 < with_checkpoints / ours < 1.55
+    kept = extrapolate.kept_bytes_per_token(tokens=32, small=True)
+    assert kept == extrapolate.kept_bytes_per_token(tokens=64, small=True)
+    parts = extrapolate.memory(extrapolate.Work("ours"), True, kept)
+    assert set(parts) == {"weights", "trainable", "activations", "logits", "reserve"}
+    assert 3.5e9 < parts["weights"] < 5.5e9
+
+
+def test_missed_targets_are_said():
+    result = {"geometry": "mid", "pairs_per_image": 1, "ratios": {"speed": 3.0, "memory": 2.5, "flops": 3.2},
+              "sides": {"ours": {"share_of_gemm_rate": 0.7}}}  # fmt: skip
+    lines = make_tables.targets([result]).splitlines()
+    assert "missed by 25.0%; the FLOP ratio is 3.20" in lines[2]
+    assert [line.split("|")[-2].strip() for line in lines[3:]] == ["met", "met"]

@@ -1,0 +1,288 @@
+"""Pairs of one image in one batch: runs, batches and sampler as documented, a real run, and the announced fallback."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, write_recipe, write_rows
+from llava_orpo.integration import training
+from llava_orpo.preference import scoring as evaluation
+from llava_orpo.step.batches import GroupByImageSampler, fill_batches, image_runs
+from llava_orpo.step.collator import SharedPrefixCollator
+
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj,linear_1,linear_2",
+        "freeze_multi_modal_projector": False}  # fmt: skip
+
+HASHES = st.lists(st.sampled_from(["", *"abcdefgh"]), max_size=60)  # "": a pair without an image
+SIZES = st.integers(1, 9)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def sampler(hashes, batch_size, max_pairs, seed=None):
+    """Shuffled with a seed, in the given order without."""
+    return GroupByImageSampler(hashes, batch_size, max_pairs, shuffle=seed is not None, seed=seed or 0)
+
+
+def batches(order, size):
+    order = list(order)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def joined(items):
+    """Items without repeats of the one before: equal items that stand together count once."""
+    items = list(items)
+    return [item for i, item in enumerate(items) if i == 0 or items[i - 1] != item]
+
+
+@st.composite
+def shuffled_hashes(draw):
+    hashes = draw(HASHES)
+    return hashes, draw(st.permutations(range(len(hashes))))
+
+
+# runs ---------------------------------------------------------------------------------------------------------
+
+
+@given(shuffled_hashes(), SIZES)
+def test_runs_are_of_one_image_and_as_few_as_possible(drawn, max_pairs):
+    hashes, order = drawn
+    runs = image_runs(hashes, order, max_pairs)
+    assert sorted(index for run in runs for index in run) == list(range(len(hashes)))
+    place = {index: i for i, index in enumerate(order)}
+    lengths: dict[str, list[int]] = {}
+    for run in runs:
+        assert 1 <= len(run) <= max_pairs
+        assert len({hashes[index] for index in run}) == 1
+        assert [place[index] for index in run] == sorted(place[index] for index in run)
+        lengths.setdefault(hashes[run[0]], []).append(len(run))
+    assert [place[run[0]] for run in runs] == sorted(place[run[0]] for run in runs)
+    for image, count in Counter(hashes).items():
+        limit = max_pairs if image else 1  # without an image each pair stands alone
+        assert lengths[image] == [limit] * (count // limit) + ([count % limit] if count % limit else [])
+
+
+def test_runs_by_example():
+    assert image_runs(["a", "b", "a", "", "a", ""], [4, 3, 1, 0, 5, 2], 2) == [[4, 0], [3], [1], [5], [2]]
+
+
+# batches ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def numbered_runs(draw, longest=12):
+    runs, start = [], 0
+    for length in draw(st.lists(st.integers(1, longest), max_size=20)):
+        runs.append(list(range(start, start + length)))
+        start += length
+    return runs
+
+
+@given(numbered_runs(), SIZES)
+def test_batches_hold_every_pair_once_and_in_the_order_of_its_run(runs, batch_size):
+    order = fill_batches(runs, batch_size)
+    assert sorted(order) == [index for run in runs for index in run]
+    run_of = {index: number for number, run in enumerate(runs) for index in run}
+    for batch in batches(order, batch_size):
+        pieces = joined(run_of[index] for index in batch)
+        assert len(pieces) == len(set(pieces)), "pairs of one run stand together in a batch"
+        for number in pieces:
+            piece = [index for index in batch if run_of[index] == number]
+            assert piece == list(range(piece[0], piece[0] + len(piece)))
+
+
+@given(st.data(), SIZES)
+def test_a_run_is_split_only_when_no_waiting_run_fits(data, batch_size):
+    runs = data.draw(numbered_runs(longest=batch_size))
+    run_of = {index: number for number, run in enumerate(runs) for index in run}
+    filled = batches(fill_batches(runs, batch_size), batch_size)
+    groups = [joined(run_of[index] for index in batch) for batch in filled]
+    sizes = [Counter(run_of[index] for index in batch) for batch in filled]
+    started: set[int] = set()
+    for b, numbers in enumerate(groups):
+        started.update(numbers)
+        for number in numbers:
+            if any(number in later for later in groups[b + 1 :]):
+                assert number == numbers[-1], "a split run fills the end of its batch"
+                room = sizes[b][number]
+                waiting = [len(run) for i, run in enumerate(runs) if i not in started]
+                assert all(length > room for length in waiting)
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 10))
+def test_runs_that_divide_the_batch_are_never_split(length, per_batch, count):
+    runs = [list(range(length * i, length * (i + 1))) for i in range(count)]
+    assert fill_batches(runs, length * per_batch) == [index for run in runs for index in run]
+
+
+def test_batches_by_example():
+    assert fill_batches([[0, 1, 2], [3, 4, 5], [6]], 4) == [0, 1, 2, 6, 3, 4, 5]
+    assert fill_batches([[0, 1, 2], [3, 4, 5]], 4) == [0, 1, 2, 3, 4, 5]
+    assert fill_batches([], 4) == []
+
+
+# sampler ------------------------------------------------------------------------------------------------------
+
+
+@given(HASHES, SIZES, SIZES, SEEDS)
+def test_every_epoch_is_a_permutation_and_repeats_from_its_seed(hashes, batch_size, max_pairs, seed):
+    one, same = (sampler(hashes, batch_size, max_pairs, seed) for _ in range(2))
+    for _ in range(3):
+        order = list(one)
+        assert len(one) == len(order) == len(hashes)
+        assert sorted(order) == list(range(len(hashes)))
+        assert order == list(same)
+
+
+@given(st.integers(12, 30), st.integers(1, 4), st.integers(1, 4), SEEDS)
+def test_epochs_and_seeds_differ(images, pairs, batch_size, seed):
+    hashes = [str(i) for i in range(images) for _ in range(pairs)]
+    one = sampler(hashes, batch_size, 4, seed)
+    first, second = list(one), list(one)
+    assert first != second
+    assert first != list(sampler(hashes, batch_size, 4, seed + 1 if seed < 2**32 - 1 else 0))
+
+
+@given(HASHES, SIZES, SIZES)
+def test_unshuffled_the_given_order_is_kept(hashes, batch_size, max_pairs):
+    one = sampler(hashes, batch_size, max_pairs)
+    order = list(one)
+    assert order == list(one) and len(one) == len(order)
+    assert sorted(order) == list(range(len(hashes)))
+    assert list(sampler([""] * len(hashes), batch_size, max_pairs)) == list(range(len(hashes)))
+
+
+@given(st.integers(1, 10), st.integers(1, 4), st.integers(1, 6), st.none() | SEEDS)
+def test_each_batch_is_one_image_when_the_counts_fit(images, runs_per_image, size, seed):
+    """Rows of the images interleaved; max_pairs and batch size the same, as the documentation advises."""
+    hashes = [str(i) for _ in range(runs_per_image * size) for i in range(images)]
+    for batch in batches(sampler(hashes, size, size, seed), size):
+        assert len(batch) == size and len({hashes[index] for index in batch}) == 1
+
+
+@given(HASHES, SIZES, SIZES, SEEDS)
+def test_shuffled_batches_keep_their_images_together(hashes, batch_size, max_pairs, seed):
+    """No more groups than runs and one split per batch; the collator's groups obey the limit."""
+    order = list(sampler(hashes, batch_size, max_pairs, seed))
+    groups = 0
+    for batch in batches(order, batch_size):
+        runs = image_runs([hashes[index] for index in batch], range(len(batch)), max_pairs)
+        assert all(len(run) <= max_pairs for run in runs)
+        groups += len(runs)
+    pieces = sum(-(-len(run) // batch_size) for run in image_runs(hashes, range(len(hashes)), max_pairs))
+    assert groups <= pieces + len(order) // batch_size
+
+
+@given(st.integers(1, 12), SEEDS)
+def test_pairs_of_an_image_stay_together_with_a_half_full_last_batch(images, seed):
+    """2 pairs an image in batches of 4: with an odd number of images the last batch is half full, and stays last."""
+    hashes = [str(i // 2) for i in range(2 * images)]
+    for batch in batches(sampler(hashes, 4, 4, seed), 4):
+        assert set(Counter(hashes[index] for index in batch).values()) == {2}
+
+
+# a real run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_grouped_run_counts_pairs_as_without_grouping(tmp_path):
+    write_rows(tmp_path, photo_rows(3, 4))
+    keys = {**LORA, "group_pairs_by_image": True, "max_pairs_per_image": 4, "num_train_epochs": 1, "logging_steps": 1}
+    path = write_recipe(tmp_path, keys)
+    for words, pairs, images, steps in (((), 12, 3, 3), (("max_samples=8",), 8, 2, 2)):
+        out = tmp_path / f"out-{pairs}"
+        done = run_cli("train", path, *words, f"output_dir={out}", env={"LLAMAFACTORY_VERBOSITY": "INFO"})
+        announced = f"Grouping pairs by image: {pairs} pairs on {images} images (4.00 pairs per group, at most 4)."
+        assert announced in done.stdout + done.stderr
+        lines = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+        trained = [line for line in lines if "loss" in line and "grad_norm" in line]
+        assert [line["current_steps"] for line in trained] == list(range(1, steps + 1))
+        state = json.loads((out / "trainer_state.json").read_text())
+        assert state["global_step"] == state["max_steps"] == steps
+        assert state["epoch"] == trained[-1]["epoch"] == 1.0
+
+
+# fallback -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, model, recipe, reason",
+    [
+        ({"sliding_window": 64}, {}, {}, "sliding window of 64 tokens"),
+        ({}, {"use_unsloth": True}, {}, "unsloth"),
+        ({}, {"enable_liger_kernel": True}, {}, "liger"),
+        ({}, {"shift_attn": True}, {}, "shift_attn"),
+        ({}, {}, {"ld_alpha": 0.5}, "ld_alpha"),
+        ({}, {}, {}, ""),
+        ({"sliding_window": None}, {}, {"ld_alpha": None}, ""),
+    ],
+)
+def test_the_reason_to_fall_back(text, model, recipe, reason):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**text))
+    model = SimpleNamespace(**{"use_unsloth": False, "enable_liger_kernel": False, "shift_attn": False, **model})
+    found = training._fallback_reason(config, model, SimpleNamespace(recipe=recipe))
+    assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize("window", [64, None])
+def test_a_sliding_window_trains_with_llama_factorys_own_trainer(tmp_path, monkeypatch, window):
+    folder = tmp_path / "model"
+    shutil.copytree(random_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["sliding_window"] = window
+    (folder / "config.json").write_text(json.dumps(config))
+    write_rows(tmp_path, photo_rows(1, 2))
+    warnings = []
+    monkeypatch.setattr(training.logger, "warning_rank0", warnings.append)
+    trainer = build_trainer(tmp_path, {**LORA, "model_name_or_path": str(folder)})
+    announced = [text for text in warnings if "falling back" in text]
+    if window is None:
+        assert not announced and type(trainer).__name__ == "SharedPrefixTrainer"
+    else:
+        assert len(announced) == 1 and "sliding window of 64 tokens" in announced[0]
+        assert type(trainer).__name__ == "CustomDPOTrainer"
+
+
+def test_a_resumed_run_goes_on_with_the_order_of_its_epoch():
+    hashes = [str(i // 2) for i in range(40)]
+    one = sampler(hashes, 4, 4, seed=3)
+    epochs = [list(one) for _ in range(3)]
+    loader = prepare_data_loader(DataLoader(range(40), batch_size=4, sampler=sampler(hashes, 4, 4, seed=3)))
+    loader.set_epoch(2)  # what transformers' Trainer calls before a resumed epoch
+    assert [index for batch in loader for index in batch.tolist()] == epochs[2] != epochs[0]
+
+
+def test_other_images_are_grouped_by_the_image_shown():
+    """Rows A B A C with another row's image show B A C A: the two rows of A must not share a picture."""
+
+    class Processor:
+        def image_processor(self, pictures, return_tensors):
+            return {"widths": [picture.width for picture in pictures]}
+
+    def picture(number):
+        data = io.BytesIO()
+        Image.new("RGB", (10 + number, 20), (number, 0, 0)).save(data, "PNG")
+        return data.getvalue()
+
+    numbers = {"A": 0, "B": 1, "C": 2}
+    rows = Dataset.from_list(
+        [{"pair_id": str(i), "image_hash": name, "image": picture(numbers[name]), "width": 10 + numbers[name], "height": 20,
+          "num_image_tokens": 5 + numbers[name], "prompt_ids": [1, 99, 2], "chosen_ids": [3], "rejected_ids": [4]}
+         for i, name in enumerate("ABAC")]
+    )  # fmt: skip
+    shown = evaluation.ScoredRows(rows, range(4), "other")
+    batch = SharedPrefixCollator(Processor(), 99, group_by_image=True)([shown[i] for i in range(4)])
+    assert batch["widths"] == [11, 10, 12]
+    assert [row["pair_id"] for row in batch["rows"]] == ["0", "1", "3", "2"]
+    assert [row["image_hash"] for row in batch["rows"]] == ["A", "B", "C", "A"]  # records keep their own
