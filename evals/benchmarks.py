@@ -15,7 +15,7 @@ trained on, in batches of per_device_eval_batch_size. Own keys:
                   hallusion_bench_image  needs OPENAI_API_KEY for its judge
                   vl_rewardbench         which of two answers is better
                   demo_objects           POPE's kind of question on the demo world; no download
-    limit       only so many questions of each task
+    limit       maximum number of questions of each task
     output_dir  where to write (default outputs/benchmarks/<model>)
 
 Writes benchmarks.json (every model's metrics) and samples_<model>_<task>.jsonl (every answer).
@@ -24,65 +24,56 @@ Writes benchmarks.json (every model's metrics) and samples_<model>_<task>.jsonl 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+from llava_orpo.errors import UserError
+from llava_orpo.files import write_atomic, write_json
+from llava_orpo.recipe import MODEL, model_label, read_command, run, with_model
+
 HERE = Path(__file__).resolve().parent
-OWN_KEYS = {"models": None, "tasks": "pope", "limit": None}
+OWN_KEYS = {"models": str, "tasks": "pope", "limit": int}
 DEMO_TASK, DEMO_DATA = "demo_objects", Path("outputs/benchmarks/demo_objects.parquet")
 
 
 def main(argv: list[str]) -> int:
+    command = read_command(__doc__, argv, OWN_KEYS, uses=MODEL)
+    recipe, own = command.recipe, command.own
     if importlib.util.find_spec("lmms_eval") is None:
-        raise SystemExit(
-            f"lmms-eval is not in this environment. Run: bash scripts/benchmarks.sh {' '.join(argv)}"
-        )
-    import torch
+        raise UserError(f"lmms-eval is not in this environment. Run: bash scripts/benchmarks.sh {' '.join(argv)}")
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     from llava_orpo.evaluation.generation import named_models
     from llava_orpo.evaluation.lmms_model import SessionModel
     from llava_orpo.evaluation.session import open_session
-    from llava_orpo.recipe import model_label, read_recipe, with_model
+    from llava_orpo.tiny import object_questions
 
-    recipe, own = read_recipe(argv, OWN_KEYS)
-    given_output = any(word.startswith("output_dir=") for word in argv)
     base = model_label(with_model(recipe, "base"))
-    folder = Path(recipe["output_dir"]) if given_output else Path("outputs/benchmarks") / base
+    folder = Path(recipe["output_dir"] if command.given("output_dir") else f"outputs/benchmarks/{base}")
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = own["tasks"].split(",") if isinstance(own["tasks"], str) else list(own["tasks"])
+    tasks = own["tasks"].split(",")
     manager = TaskManager("WARNING", include_path=str(HERE / "tasks"))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise SystemExit(
-            f"lmms-eval has no task {', '.join(unknown)}. `python -m lmms_eval tasks` lists them."
-        )
+        raise UserError(f"lmms-eval has no task {', '.join(unknown)}. `python -m lmms_eval tasks` lists them.")
     if DEMO_TASK in tasks and not DEMO_DATA.exists():
-        from llava_orpo.tiny.object_questions import write
-
-        write(DEMO_DATA)
+        object_questions.write(DEMO_DATA)
 
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, model_recipe in named_models(recipe, own["models"]).items():
-        session = open_session(model_recipe, str(folder), need_rows=False)
-        found = simple_evaluate(
-            model=SessionModel(session), tasks=tasks, limit=own["limit"], task_manager=manager, log_samples=True,
-            bootstrap_iters=0, cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
-        )  # fmt: skip
+        with open_session(model_recipe, str(folder), need_rows=False) as session:
+            found = simple_evaluate(
+                model=SessionModel(session), tasks=tasks, limit=own["limit"], task_manager=manager, log_samples=True,
+                bootstrap_iters=0, cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
+            )  # fmt: skip
         table[name] = {task: metrics_of(values) for task, values in found["results"].items()}
         for task, samples in found["samples"].items():
             stem = re.sub(r"[^\w.+-]+", "_", f"samples_{name}_{task}")
             write_samples(folder / f"{stem}.jsonl", samples)
-        del session
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        (folder / "benchmarks.json").write_text(json.dumps(table, indent=1))
+        write_json(folder / "benchmarks.json", table)
     print_table(table)
     print(f"  {folder / 'benchmarks.json'}")
     return 0
@@ -99,12 +90,12 @@ def metrics_of(values: dict[str, Any]) -> dict[str, float]:
 
 
 def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """A line a question: doc_id, target, answer and what the task made of it."""
+    """One line per question: doc_id, target, answer and what the task made of it."""
     lines = []
     for sample in samples:
         keep = {key: value for key, value in sample.items() if key not in ("doc", "arguments", "input")}
         lines.append(json.dumps(keep, ensure_ascii=False, default=str) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomic(path, "".join(lines))
 
 
 def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -118,4 +109,4 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -5,7 +5,7 @@
 
 Takes the file of evals/generate.py and key=value. The page (Gradio) is at http://127.0.0.1:7860. A rater
 gives a name and votes; which model stands left is random per rater and pair, and the page never holds a
-model's name. Every vote is on the disk before the next pair is shown; a rater who comes back goes on where
+model's name. Every vote is on the disk before the next pair is shown; a rater who comes back resumes where
 they stopped. Keys:
 
     a, b        the models to compare, by their names in the file (default, with two models: a is the second)
@@ -19,186 +19,40 @@ they stopped. Keys:
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
+from llava_orpo.recipe import read_command, run
 
-from llava_orpo.evaluation.answer_pairs import AnswerPair, read_answer_pairs, tally_text
-from llava_orpo.evaluation.votes import VoteStore, flipped, summarize
-
-KEYS = {
-    "a": None,
-    "b": None,
-    "max_pairs": None,
-    "seed": 0,
-    "port": 7860,
-    "output_dir": None,
-    "report": False,
-    "judge": None,
-}
+OWN_KEYS = {
+    "a": str, "b": str, "max_pairs": int, "seed": 0, "port": 7860, "output_dir": Path, "report": False, "judge": Path,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        raise SystemExit(f"usage: python {sys.argv[0]} generations.jsonl [key=value …]\n\n{__doc__}")
-    given = OmegaConf.to_container(OmegaConf.from_cli(argv[1:]))
-    unknown = [key for key in given if key not in KEYS]
-    if unknown:
-        raise SystemExit(f"Unknown: {', '.join(unknown)}. Keys are {', '.join(KEYS)}.")
-    own, file = {**KEYS, **given}, Path(argv[0])
+    command = read_command(__doc__, argv, OWN_KEYS, file="generations.jsonl")
+    file, own = command.file, command.own
+    from llava_orpo.errors import UserError
+    from llava_orpo.evaluation import voting
+    from llava_orpo.evaluation.answer_pairs import read_answer_pairs
+    from llava_orpo.evaluation.votes import VoteStore
+    from llava_orpo.files import evenly
+
     a, b, pairs = read_answer_pairs(file, own["a"], own["b"])
     pairs = [pair for pair in pairs if pair.a.strip() != pair.b.strip()]  # nothing to choose
     if own["max_pairs"]:
-        count = min(int(own["max_pairs"]), len(pairs))
-        pairs = [pairs[i * len(pairs) // count] for i in range(count)]
+        pairs = evenly(pairs, own["max_pairs"])
     if not pairs:
-        raise SystemExit(f"{a} and {b} gave the same answer to every prompt: there is nothing to compare.")
-    folder = Path(own["output_dir"] or file.parent / re.sub(r"[^\w.+-]+", "_", f"votes_{a}_vs_{b}"))
-    store = VoteStore(folder)
+        raise UserError(f"{a} and {b} gave the same answer to every prompt: there is nothing to compare.")
+    store = VoteStore(own["output_dir"] or file.parent / re.sub(r"[^\w.+-]+", "_", f"votes_{a}_vs_{b}"))
     if own["report"]:
-        report(a, b, pairs, store, own["judge"])
+        voting.report(a, b, pairs, store, own["judge"])
         return 0
-    page = make_page(pairs, store, int(own["seed"]))
+    page = voting.make_page(pairs, store, own["seed"])
     images = sorted({str(pair.image.parent) for pair in pairs if pair.image})
-    page.launch(server_name="127.0.0.1", server_port=int(own["port"]), allowed_paths=images, show_api=False)
+    page.launch(server_name="127.0.0.1", server_port=own["port"], allowed_paths=images, show_api=False)
     return 0
 
 
-def next_unvoted(pairs: Sequence[AnswerPair], voted: dict[str, str], start: int = 0) -> int:
-    """Index of the first pair from `start` on without a vote; len(pairs) when none is left."""
-    return next((i for i in range(start, len(pairs)) if pairs[i].key not in voted), len(pairs))
-
-
-def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, index: int) -> dict[str, Any]:
-    """What this rater is shown of pairs[index]: progress, image, question, left, right; no model's name."""
-    voted = len(store.outcomes(rater, pairs))
-    progress = f"{rater}: {voted} of {len(pairs)} voted"
-    if index >= len(pairs):
-        return {
-            "progress": progress + ". All done, thank you.",
-            "image": None,
-            "question": "",
-            "left": "",
-            "right": "",
-        }
-    pair = pairs[index]
-    left, right = (pair.b, pair.a) if flipped(seed, rater, pair) else (pair.a, pair.b)
-    image = str(pair.image) if pair.image else None
-    return {"progress": progress, "image": image, "question": pair.question, "left": left, "right": right}
-
-
-def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
-    """The Gradio Blocks. Kept on the server per browser session: the rater's name, the index of the pair."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio as gr
-
-    def show(rater: str, index: int):
-        seen = view(pairs, store, seed, rater, index)
-        open_ = index < len(pairs)
-        return [
-            rater, index, seen["progress"], gr.update(value=seen["image"], visible=seen["image"] is not None),
-            seen["question"], seen["left"], seen["right"], *[gr.update(interactive=open_)] * 3,
-            gr.update(interactive=index > 0), gr.update(visible=False), gr.update(visible=True),
-        ]  # fmt: skip
-
-    def start(name: str):
-        try:
-            voted = store.outcomes(name.strip(), pairs)
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
-        return show(name.strip(), next_unvoted(pairs, voted))
-
-    def vote(choice: str):
-        def handler(rater: str, index: int):
-            if index < len(pairs):  # a second click can arrive after the last pair
-                store.add(rater, pairs[index], choice, flipped(seed, rater, pairs[index]))
-            return show(rater, next_unvoted(pairs, store.outcomes(rater, pairs), index + 1))
-
-        return handler
-
-    def back(rater: str, index: int):
-        return show(rater, max(index - 1, 0))
-
-    # System fonts: the default theme would load fonts from Google.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    with gr.Blocks(title="Which answer is better?", theme=theme, analytics_enabled=False) as page:
-        rater, index = gr.State(""), gr.State(0)
-        with gr.Column(visible=True) as entrance:
-            gr.Markdown(
-                "## Which answer is better?\nYou will see an image, a question and two answers. Vote for the answer that "
-                "is true of the image; if both are equally true, for the more helpful one."
-            )
-            name = gr.Textbox(label="Your name or initials (letters and digits)", elem_id="name")
-            begin = gr.Button("Start", variant="primary", elem_id="start")
-        with gr.Column(visible=False) as room:
-            progress = gr.Markdown(elem_id="progress")
-            image = gr.Image(
-                type="filepath", interactive=False, show_label=False, height=420, elem_id="image"
-            )
-            question = gr.Textbox(label="Question", interactive=False, lines=2, elem_id="question")
-            with gr.Row():
-                left = gr.Textbox(label="Left answer", interactive=False, lines=8, elem_id="left")
-                right = gr.Textbox(label="Right answer", interactive=False, lines=8, elem_id="right")
-            with gr.Row():
-                buttons = [
-                    gr.Button(
-                        text, variant="primary" if choice != "tie" else "secondary", elem_id=f"vote-{choice}"
-                    )
-                    for choice, text in (
-                        ("left", "Left is better"),
-                        ("tie", "No difference"),
-                        ("right", "Right is better"),
-                    )
-                ]
-            previous = gr.Button("Back to the pair before", size="sm", elem_id="back")
-        shown = [rater, index, progress, image, question, left, right, *buttons, previous, entrance, room]
-        begin.click(start, name, shown, api_name="start")
-        name.submit(start, name, shown, api_name=False)
-        for button, choice in zip(buttons, ("left", "tie", "right")):
-            button.click(vote(choice), [rater, index], shown, api_name=f"vote_{choice}")
-        previous.click(back, [rater, index], shown, api_name="back")
-    return page
-
-
-def report(
-    a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge: str | None
-) -> dict[str, Any]:
-    """Prints and writes (report.json beside the votes) win rates and agreement."""
-    people = store.raters()
-    votes = {rater: store.outcomes(rater, pairs) for rater in people}
-    people = [rater for rater in people if votes[rater]]
-    votes = {rater: votes[rater] for rater in people}
-    if not people:
-        raise SystemExit(
-            f"{store.folder} has no votes on these answers. Open the page first (without report=true)."
-        )
-    if judge:
-        outcomes = json.loads(Path(judge).read_text(encoding="utf-8"))["outcomes"]
-        keys = {pair.key for pair in pairs}
-        votes["(judge)"] = {line["key"]: line["outcome"] for line in outcomes if line["key"] in keys}
-        if not votes["(judge)"]:
-            raise SystemExit(f"{judge} judges other answers, or has a and b the other way round.")
-    summary = summarize(pairs, votes, people)
-    summary.update(a=a, b=b)
-    (store.folder / "report.json").write_text(json.dumps(summary, indent=1))
-    print(
-        f"majority of {len(people)} rater{'s' * (len(people) > 1)}: {tally_text(a, b, summary['majority'])}"
-    )
-    for rater, counts in summary["raters"].items():
-        print(f"{rater}: {tally_text(a, b, counts)}")
-    for line in summary["agreement"]:
-        kappa = "undefined" if line["kappa"] is None else f"{line['kappa']:.3f}"
-        print(f"{' and '.join(line['raters'])}: agree on {line['agreement']:.1%} "
-              f"[{line['agreement_low']:.1%}, {line['agreement_high']:.1%}] of {line['n']} pairs, kappa {kappa}")  # fmt: skip
-    print(f"  {store.folder / 'report.json'}")
-    return summary
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

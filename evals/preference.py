@@ -12,39 +12,65 @@ model_name_or_path= for a merged or quantized one), the pairs are its eval_datas
     restart       true: score again what an interrupted or earlier run had scored
 
 Writes preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl with images and, with `against`,
-comparison.json. `grounding_eval=true` adds a grey and a swapped image. An interrupted run goes on where it stopped.
+comparison.json. `grounding_eval=true` adds a grey and a swapped image. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
-from llava_orpo.evaluation.resume import evaluate
-from llava_orpo.preference import metrics as preference
-from llava_orpo.recipe import model_label, read_recipe, with_model
+from llava_orpo.recipe import model_label, read_command, run, with_model
 
-OWN_KEYS = {"against": None, "restart": False}
+OWN_KEYS = {"against": str, "restart": False}
 
 
 def main(argv: list[str]) -> int:
-    given_output = any(word.startswith("output_dir=") for word in argv)
-    recipe, own = read_recipe(argv, OWN_KEYS)
+    command = read_command(__doc__, argv, OWN_KEYS)
+    recipe, own = command.recipe, command.own
+    from llava_orpo.evaluation.resume import evaluate
+    from llava_orpo.files import write_json
+    from llava_orpo.preference.metrics import compare
+
+    given_output = command.given("output_dir")
     folder = Path(recipe["output_dir"]) if given_output else Path("outputs/evals") / model_label(recipe)
-    pairs = evaluate(recipe, folder, own["restart"])
+    evaluation = evaluate(recipe, folder, own["restart"])
+    print_summary(model_label(recipe), evaluation.name, evaluation.summary, evaluation.grounding)
+    print(f"  {folder}/preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl")
     if own["against"]:
         other = with_model(recipe, own["against"])
-        other_folder = folder.parent / (model_label(other) if not given_output else f"{folder.name}-against")
+        other_folder = folder.parent / (f"{folder.name}-against" if given_output else model_label(other))
         if other_folder == folder:
             other_folder = folder.with_name(folder.name + "-against")
-        other_pairs = evaluate(other, other_folder, own["restart"])
-        comparison = preference.compare(other_pairs, pairs)
+        against = evaluate(other, other_folder, own["restart"])
+        print_summary(model_label(other), against.name, against.summary, against.grounding)
+        comparison = compare(against.pairs, evaluation.pairs)
         comparison.update(a=own["against"], b=model_label(recipe))
-        (folder / "comparison.json").write_text(json.dumps(comparison, indent=1))
+        write_json(folder / "comparison.json", comparison)
         print_comparison(comparison)
         print(f"  {folder / 'comparison.json'}")
     return 0
+
+
+def print_summary(model: str, dataset: str, summary: dict, grounding: dict | None) -> None:
+    """The numbers as a table."""
+    low, high = summary["preference_accuracy_low"], summary["preference_accuracy_high"]
+    rows = [
+        ("preference accuracy", f"{summary['preference_accuracy']:.1%}  [{low:.1%}, {high:.1%}]"),
+        ("  by summed log-prob", f"{summary['preference_accuracy_sum']:.1%}"),
+        ("margin (nats per token)", f"{summary['logps/margin']:.4f}"),
+        ("log-prob chosen / rejected", f"{summary['logps/chosen']:.4f} / {summary['logps/rejected']:.4f}"),
+        ("SFT loss", f"{summary['sft_loss']:.4f}"),
+        ("odds-ratio loss", f"{summary['odds_ratio_loss']:.4f}"),
+    ]
+    for name in ("grey", "other") if grounding else ():
+        rows.append((f"accuracy, {name} image", f"{grounding[name]['preference_accuracy']:.1%}"))
+    for group in ("source", "question_type"):
+        subsets = summary["subsets"][group]
+        if len(subsets) > 1:
+            rows += [(f"  {k}", f"{m['preference_accuracy']:.1%}  (n={m['n']})") for k, m in subsets.items()]
+    print(f"\n{model} on {dataset}, {summary['n']} pairs")
+    for label, value in rows:
+        print(f"  {label:<28}{value}")
 
 
 def print_comparison(c: dict) -> None:
@@ -57,4 +83,4 @@ def print_comparison(c: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -8,28 +8,28 @@ Stops with an error if any weight of the folder is missing or unexpected.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
 
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from llava_orpo.errors import UserError
+from llava_orpo.recipe import flags, run
 
 
 def load(folder: str, dtype: str = "auto"):
-    """(model, processor) of a folder or Hub id; SystemExit when a weight is missing, unexpected or of another shape."""
+    """(model, processor) of a folder or Hub id; UserError when a weight is missing, unexpected or of another shape."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if problems:
-        raise SystemExit(f"{folder} did not load completely: {problems}")
+        raise UserError(f"{folder} did not load completely: {problems}")
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
-@torch.no_grad()
-def answer(model, processor, image: Image.Image | None, question: str, max_new_tokens: int = 128) -> str:
-    """Greedy answer in the checkpoint's own chat template."""
+def answer(model, processor, image, question: str, max_new_tokens: int = 128) -> str:
+    """Greedy answer in the checkpoint's own chat template. image: a PIL picture, or None."""
     content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
@@ -37,8 +37,8 @@ def answer(model, processor, image: Image.Image | None, question: str, max_new_t
     return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument("model")
     parser.add_argument("--image", type=Path)
     parser.add_argument("--question")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, help="also write question and answer as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     row = {}
     if args.data:
         import pyarrow.parquet as pq
@@ -55,6 +55,8 @@ def main() -> None:
     if not (args.question or row):
         parser.error("give --question (with --image), or --data")
     question = args.question or row["question"]
+    from PIL import Image
+
     source = args.image or (io.BytesIO(row["image"]["bytes"]) if row else None)
     image = Image.open(source).convert("RGB") if source else None
     model, processor = load(args.model)
@@ -64,7 +66,8 @@ def main() -> None:
         result = {"model": args.model, "question": question, "answer": text}
         result.update({key: row[key] for key in ("chosen", "rejected") if key in row})
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

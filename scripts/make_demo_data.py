@@ -8,29 +8,29 @@ picture has several pairs, and stands in one file only. Same flags, same pairs; 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from llava_orpo.tiny.world_pairs import SEEDS, write_split
+from llava_orpo.recipe import flags, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/tiny/data"), help="folder for the parquet files"
     )
     parser.add_argument("--train-pairs", type=int, default=6400)
     parser.add_argument("--dev-pairs", type=int, default=400)
     parser.add_argument("--heldout-pairs", type=int, default=400)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    from llava_orpo.tiny.world_pairs import SEEDS, write_split
+
     for split, seed in SEEDS.items():
         path = args.out / f"demo_{split}.parquet"
         count = getattr(args, f"{split}_pairs")
         written = write_split(path, split, count, seed)
         print(f"{path}: {count} pairs{'' if written else ' (already there)'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,24 +8,26 @@ about nothing in particular: these rows are for speed, memory and exactness, not
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from llava_orpo.tiny.photo_pairs import rows, write
+from llava_orpo.recipe import flags, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--pairs-per-image", type=int, default=1)
     parser.add_argument("--chosen-words", type=int, default=60)
     parser.add_argument("--rejected-words", type=int, default=45)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    from llava_orpo.tiny.photo_pairs import rows, write
+
     entries = rows(args.images, args.pairs_per_image, args.chosen_words, args.rejected_words, args.seed)
     print(f"{write(args.out, entries)}: {len(entries)} pairs on {args.images} photographs")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

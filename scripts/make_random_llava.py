@@ -9,24 +9,26 @@ and depths differ. Deterministic: same flags, same weights.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from llava_orpo.tiny.random_model import GEOMETRIES, write
+from llava_orpo.recipe import flags, run
+
+GEOMETRIES = ("tiny", "mid", "slice7b")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.out / "model.safetensors").exists():
-        raise SystemExit(f"{args.out} holds a model already; remove it or choose another --out.")
-    print(write(GEOMETRIES[args.geometry], args.out, args.seed))
+        parser.error(f"{args.out} holds a model already; remove it or choose another --out.")
+    from llava_orpo.tiny import random_model
+
+    print(random_model.write(random_model.GEOMETRIES[args.geometry], args.out, args.seed))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

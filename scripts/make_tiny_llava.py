@@ -9,20 +9,13 @@ and a run that was stopped reuses the vision tower it had finished.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 from pathlib import Path
 
-import torch
-
-from llava_orpo.tiny.model import SETTINGS_FILE, build, save, settings
+from llava_orpo.recipe import flags, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny/model"))
     parser.add_argument("--images", type=int, default=5000, help="pictures drawn for both phases")
     parser.add_argument("--sight-steps", type=int, default=350, help="steps of the patch-label phase")
@@ -39,17 +32,12 @@ def main() -> None:
         "--habit-steps", type=int, default=40, help="steps of the last phase, on mostly false answers"
     )
     parser.add_argument("--seed", type=int, default=7)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the same sums, so the same weights, whatever the number of cores
-    made = settings(args)
-    if (args.out / SETTINGS_FILE).exists() and json.loads((args.out / SETTINGS_FILE).read_text()) == made:
-        print(f"{args.out}: already there")
-        return
-    model, processor = build(args)
-    save(model.eval(), processor, args.out, made)
-    shutil.rmtree(args.out.with_name(args.out.name + ".sight"), ignore_errors=True)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    args = parser.parse_args(argv)
+    from llava_orpo.tiny.model import make
+
+    print(make(**vars(args)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,61 +1,66 @@
 """Writes the model card (README.md) of a merged model or an adapter, and uploads the folder if asked to.
 
-    python scripts/model_card.py outputs/llava16_orpo_merged --recipe recipes/llava16_orpo_qlora.yaml \
-        --evaluation outputs/llava16_orpo_qlora/preference_eval.json
-    … the same with --push your-name/llava-v1.6-mistral-7b-orpo [--public]
+    python scripts/model_card.py recipes/llava16_orpo_qlora.yaml folder=outputs/llava16_orpo_merged \\
+        evaluation=outputs/llava16_orpo_qlora/preference_eval.json
+    … the same with push=your-name/llava-v1.6-mistral-7b-orpo [public=true]
 
-The card holds the recipe, the data, the measured numbers and the licences. Without --push nothing leaves the machine.
-A repository is made private unless --public is given.
+The card holds the recipe, the data, the measured numbers and the licences. Without push nothing leaves the machine.
+A repository is made private unless public=true is given. Takes the recipe the model was trained with. Own keys:
+
+    folder       the merged model or the adapter
+    evaluation   default: preference_eval.json in the recipe's output_dir
+    name         the model's name; default: the folder's, or that of push
+    licence      id of the weights' licence, where the data's is not known here
+    overwrite    true: replace a README.md that is there
+    push         NAME/REPO: upload the folder to this Hub repository
+    public       true: with push, anyone may download it
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
-import yaml
+from llava_orpo.errors import UsageError
+from llava_orpo.recipe import A_WORD, THE_FILE, read_command, run
 
-from llava_orpo.export.model_card import is_stock, make_card, push, sources
-from llava_orpo.preference.records import read_history
+OWN_KEYS = {
+    "folder": Path, "evaluation": Path, "name": str, "licence": str, "overwrite": False, "push": str, "public": False,
+}  # fmt: skip
+OLD_FLAGS = {"--recipe": THE_FILE, A_WORD: "folder", **{f"--{key}": key for key in OWN_KEYS if key != "folder"}}
 
 
-def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the merged model or the adapter")
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe it was trained with")
-    parser.add_argument("--evaluation", type=Path, help="default: preference_eval.json in the recipe's output_dir")
-    parser.add_argument("--name", help="the model's name; default: the folder's, or --push's")
-    parser.add_argument("--licence", help="id of the weights' licence, where the data's is not known here")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that is there")
-    parser.add_argument("--push", metavar="NAME/REPO", help="upload the folder to this Hub repository")
-    parser.add_argument("--public", action="store_true", help="with --push: anyone may download it")
-    args = parser.parse_args(argv)
-    if not ((args.folder / "config.json").is_file() or (args.folder / "adapter_config.json").is_file()):
-        parser.error(f"{args.folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    target = args.folder / "README.md"
-    if target.exists() and not (args.overwrite or is_stock(target)):
-        parser.error(f"{target} exists; --overwrite replaces it")
-    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    path = args.evaluation or Path(recipe["output_dir"]) / "preference_eval.json"
-    if args.evaluation and not path.is_file():
-        parser.error(f"{path} does not exist")
-    history = read_history(path) if path.is_file() else []
+def main(argv: list[str]) -> int:
+    # a card is also written on another machine than the one of the training: no file of the recipe has to be there
+    command = read_command(__doc__, argv, OWN_KEYS, required=("folder",), uses=(), old=OLD_FLAGS)
+    recipe, own = command.recipe, command.own
+    folder, push_to = own["folder"], own["push"]
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    if own["evaluation"] and not own["evaluation"].is_file():
+        raise UsageError(f"{own['evaluation']} does not exist")
+    from llava_orpo.export.model_card import is_stock, make_card, push, sources
+    from llava_orpo.files import write_atomic
+    from llava_orpo.preference.records import read_history
+
+    target = folder / "README.md"
+    if target.exists() and not (own["overwrite"] or is_stock(target)):
+        raise UsageError(f"{target} exists; overwrite=true replaces it")
+    evaluation = own["evaluation"] or Path(recipe["output_dir"]) / "preference_eval.json"
+    history = read_history(evaluation) if evaluation.is_file() else []
     registry = Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
     card = make_card(
-        args.name or args.push or args.folder.resolve().name, recipe, args.recipe.name,
+        own["name"] or push_to or folder.resolve().name, recipe, command.file.name,
         sources(recipe, json.loads(registry.read_text(encoding="utf-8"))), history,
-        adapter=(args.folder / "adapter_config.json").is_file(), licence=args.licence,
+        adapter=is_adapter, licence=own["licence"],
     )  # fmt: skip
-    beside = target.with_name("README.md.partial")
-    beside.write_text(card, encoding="utf-8")
-    beside.replace(target)
+    write_atomic(target, card)
     print(target)
-    if args.push:
-        print(push(args.folder, args.push, private=not args.public))
-    return target
+    if push_to:
+        print(push(folder, push_to, private=not own["public"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

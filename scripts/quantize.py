@@ -24,31 +24,27 @@ Run on CPU with llm-compressor 0.14.0.1. With an accelerator llm-compressor move
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from llava_orpo import keys
+from llava_orpo.recipe import flags, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-from llava_orpo.checkpoint.files import CheckpointError
-from llava_orpo.export import calibration
-from llava_orpo.export.quantize import run
 
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     args = parse(argv)
-    try:
-        run(args)
-    except (CheckpointError, calibration.DataError) as error:
-        print(f"quantize: {error}", file=sys.stderr)
-        return 1
+    from llava_orpo.export.quantize import quantize
+
+    quantize(args)
     return 0
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, required=True, help="folder of a merged 16- or 32-bit LLaVA-1.6"
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; SystemExit in one line for what can be known to be wrong without reading a file's content."""
+    heldout = keys.known()["heldout_fraction"]["default"]
+    parser = flags(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a merged 16- or 32-bit LLaVA-1.6")
     parser.add_argument("--method", choices=("gptq", "awq"), required=True)
     parser.add_argument(
         "--data", required=True, help="parquet file or folder in RLAIF-V's schema, or a registered name"
@@ -58,15 +54,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset-dir", type=Path, default=ROOT / "data_registry", help="where dataset_info.json is"
     )
     parser.add_argument("--samples", type=int, default=128, help="calibration pairs (default 128)")
+    parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
     parser.add_argument(
-        "--group-size", type=int, default=128, help="weights that share a scale (default 128)"
-    )
+        "--heldout-fraction", type=float, default=heldout,
+        help=f"heldout_fraction of the training recipe, so that no held-out image is seen (default {heldout})",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in --out")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.group_size < 1:
         parser.error("--samples and --group-size must be positive")
+    if not 0 < args.heldout_fraction < 1:
+        parser.error("--heldout-fraction must be between 0 and 1")
+    if not args.model.is_dir():
+        parser.error(f"{args.model} is not a folder: --model is the folder of a merged model")
     return args
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -21,7 +21,8 @@ RECIPE = "recipe.yaml"
 SUFFIXES = (".yaml", ".yml")
 HELP = ("-h", "--help")
 # The keys of a recipe that an evaluation reads files of; a training reads those of every key.
-MODEL_AND_PAIRS = ("model_name_or_path", "adapter_name_or_path", "eval_dataset", "bf16", "fp16")
+MODEL = ("model_name_or_path", "adapter_name_or_path", "bf16", "fp16")
+MODEL_AND_PAIRS = (*MODEL, "eval_dataset")
 FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 THE_FILE = ""  # in a table of old spellings: the value is the command's recipe or file
 A_WORD = "word"  # in a table of old spellings: the key of a word that has none

@@ -12,8 +12,9 @@ import yaml
 
 from helpers.paths import ROOT
 from helpers.report_runs import make_pairs
+from llava_orpo.errors import UserError
 from llava_orpo.export import model_card
-from llava_orpo.preference import metrics as preference
+from llava_orpo.preference import metrics, records
 
 HEADLINE = ROOT / "recipes" / "llava16_orpo_qlora.yaml"
 
@@ -27,10 +28,10 @@ def run(tmp_path, monkeypatch):
     (folder / "config.json").write_text("{}")
     for step, accuracy in ((0, 0.2), (400, 0.5)):
         pairs = make_pairs(80, accuracy, seed=step)
-        metrics = preference.summarize(pairs, 0.1)
-        grounding = preference.grounding(pairs, make_pairs(80, 0.0, seed=7), make_pairs(80, 0.1, seed=8))
-        entry = {"step": step, "epoch": step / 400, "dataset": "rlaif_v_heldout", "metrics": metrics}
-        preference.append_history(tmp_path / "preference_eval.json", {**entry, "grounding": grounding})
+        summary = metrics.summarize(pairs, 0.1)
+        grounding = metrics.grounding(pairs, make_pairs(80, 0.0, seed=7), make_pairs(80, 0.1, seed=8))
+        entry = {"step": step, "epoch": step / 400, "dataset": "rlaif_v_heldout", "metrics": summary}
+        records.append_history(tmp_path / "preference_eval.json", {**entry, "grounding": grounding})
     return folder, tmp_path / "preference_eval.json"
 
 
@@ -109,7 +110,7 @@ def test_says_what_is_missing(run, tmp_path):
     with pytest.raises(SystemExit):
         write(run[0], tmp_path / "nothing.json")
     recipe = yaml.safe_load(HEADLINE.read_text())
-    with pytest.raises(SystemExit, match="'unheard_of'"):
+    with pytest.raises(UserError, match="'unheard_of'"):
         model_card.sources({**recipe, "dataset": "rlaif_v, unheard_of"}, {"rlaif_v": {"hf_hub_url": "x"}})
     assert "No evaluation was given" in model_card.measured([])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llava_orpo.preference import metrics as preference
+from llava_orpo.preference import metrics, records
+from llava_orpo.preference.records import ScoredPair
 
 SOURCES = ("COCO", "VQA v2", "a source with a rather long name, as they come")
 TYPES = ("question answering", "detailed description")
@@ -26,14 +27,12 @@ def draw_image(path: Path, seed: int, size: tuple[int, int] = (400, 300), noise:
     draw = ImageDraw.Draw(image)
     for _ in range(6):
         x, y, r = rng.randrange(size[0]), rng.randrange(size[1]), rng.randrange(10, 80)
-        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)(
-            (x - r, y - r, x + r, y + r), fill=rng.choice(COLORS)
-        )
+        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)((x - r, y - r, x + r, y + r), fill=rng.choice(COLORS))
     path.parent.mkdir(exist_ok=True)
     image.save(path)
 
 
-def make_pairs(n: int, gain: float, seed: int, condition: str = "true") -> list[dict]:
+def make_pairs(n: int, gain: float, seed: int, condition: str = "true") -> list[ScoredPair]:
     rng = random.Random(seed)
     pairs = []
     for i in range(n):
@@ -43,20 +42,21 @@ def make_pairs(n: int, gain: float, seed: int, condition: str = "true") -> list[
         chosen_tokens, rejected_tokens = fixed.randint(5, longest), fixed.randint(5, longest)
         rejected = -rng.uniform(0.5, 1.6)
         chosen = min(-0.02, rejected + rng.gauss(gain, 0.35))
-        pair = {
-            "pair_id": f"demo-{i:04d}",
-            "dataset": "demo_heldout",
-            "subset": f"{source}/{kind}",
-            "source": source,
-            "question_type": kind,
-            "image_hash": f"hash{i // 2}",
-            "image_condition": condition,
-            "chosen_logp": chosen * chosen_tokens,
-            "rejected_logp": rejected * rejected_tokens,
-            "chosen_tokens": chosen_tokens,
-            "rejected_tokens": rejected_tokens,
-        }
-        pairs.append(pair | {"correct": preference.is_correct(pair)})
+        pairs.append(
+            ScoredPair(
+                pair_id=f"demo-{i:04d}",
+                dataset="demo_heldout",
+                subset=f"{source}/{kind}",
+                source=source,
+                question_type=kind,
+                image_hash=f"hash{i // 2}",
+                image_condition=condition,
+                chosen_logp=chosen * chosen_tokens,
+                rejected_logp=rejected * rejected_tokens,
+                chosen_tokens=chosen_tokens,
+                rejected_tokens=rejected_tokens,
+            )
+        )
     return pairs
 
 
@@ -93,35 +93,33 @@ def write_history(folder: Path, n: int = 160, steps: int = 200) -> None:
             "step": step,
             "epoch": step / 100,
             "dataset": "demo_heldout",
-            "metrics": preference.summarize(conditions[0], beta=0.1),
-            "grounding": preference.grounding(*conditions, n_boot=200),
+            "metrics": metrics.summarize(conditions[0], beta=0.1),
+            "grounding": metrics.grounding(*conditions, n_boot=200),
         }
-        preference.append_history(folder / "preference_eval.json", entry)
+        records.append_history(folder / "preference_eval.json", entry)
 
 
-def write_examples(folder: Path, pairs: list[dict], noise: bool = False) -> None:
+def write_examples(folder: Path, pairs: list[ScoredPair], noise: bool = False) -> None:
     lines, generations = [], []
     for i, pair in enumerate(pairs):
-        image = {"path": f"images/{pair['image_hash']}.png"}
+        image = {"path": f"images/{pair.image_hash}.png"}
         if not (folder / image["path"]).exists():
-            draw_image(
-                folder / image["path"], seed=i // 2, size=((400, 300), (300, 420))[i % 4 // 2], noise=noise
-            )
+            draw_image(folder / image["path"], seed=i // 2, size=((400, 300), (300, 420))[i % 4 // 2], noise=noise)
         detail = " The table is made of wood, and a window lets in the light of the afternoon." * (i % 4 * 2)
         texts = {
-            "dataset": pair["dataset"],
-            "pair_id": pair["pair_id"],
+            "dataset": pair.dataset,
+            "pair_id": pair.pair_id,
             "image": image,
             "question": f"What is on the {('table', 'shelf', 'road')[i % 3]}, and what colour is it?",
             "chosen": f"There is a {COLORS[i % 4]} ball on the left, near two smaller boxes.{detail}",
             "rejected": f"There is a {COLORS[(i + 1) % 4]} cat on the left, near two smaller boxes.{detail}",
         }
-        lines.append(texts | {k: pair[k] for k in ("subset", "chosen_logp", "rejected_logp")})
+        lines.append(texts | {k: getattr(pair, k) for k in ("subset", "chosen_logp", "rejected_logp")})
         answers = {
             "base": f"A cat sits on the left. Answer {i:03d}.",
             "orpo": f"A {COLORS[i % 4]} ball. Answer {i:03d}.",
         }
-        generations.append(texts | {"subset": pair["subset"], "answers": answers})
+        generations.append(texts | {"subset": pair.subset, "answers": answers})
     write_lines(folder / "preference_examples.jsonl", lines)
     write_lines(folder / "generations.jsonl", generations)
 
@@ -136,15 +134,11 @@ def make_run(folder: Path, n: int = 160, examples: int = 40, noise: bool = False
     for place in (after, before):
         place.mkdir(parents=True)
     pairs = make_pairs(n, 0.47, seed=200)
-    preference.write_pairs(after / "preference_pairs.jsonl", pairs)
-    preference.write_pairs(before / "preference_pairs.jsonl", make_pairs(n, 0.02, 0))
+    records.write_pairs(after / "preference_pairs.jsonl", pairs)
+    records.write_pairs(before / "preference_pairs.jsonl", make_pairs(n, 0.02, 0))
     for i, (condition, gain) in enumerate((("grey", 0.0), ("other", 0.02))):
-        preference.write_pairs(
-            after / f"preference_pairs_{condition}.jsonl", make_pairs(n, gain, 201 + i, condition)
-        )
-        preference.write_pairs(
-            before / f"preference_pairs_{condition}.jsonl", make_pairs(n, gain, 1 + i, condition)
-        )
+        records.write_pairs(after / f"preference_pairs_{condition}.jsonl", make_pairs(n, gain, 201 + i, condition))
+        records.write_pairs(before / f"preference_pairs_{condition}.jsonl", make_pairs(n, gain, 1 + i, condition))
     write_training(after)
     write_history(after, n)
     write_examples(after, pairs[:examples], noise)

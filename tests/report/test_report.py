@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 from helpers.paths import ROOT
 from helpers.report_runs import draw_image, make_pairs, make_run, write_examples, write_history, write_lines
-from llava_orpo.preference import metrics as preference
+from llava_orpo.preference import metrics, records
 
 EVALS = ROOT / "evals"
 
@@ -33,10 +34,7 @@ from llava_orpo.report import examples as report_examples
 from llava_orpo.report import inputs as report_inputs
 
 SECTIONS = ("summary", "training", "subsets", "margins", "grounding", "examples")
-EVIL = (
-    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-    '" onclick="x {{ 7 * 7 }}'
-)
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\" onclick=\"x {{ 7 * 7 }}"
 
 
 class Page(HTMLParser):
@@ -98,9 +96,7 @@ def test_every_section_is_there_with_its_content(full_page):
     figures = json.loads(page.scripts[0])
     assert sorted(figures) == sorted(charts)
     assert len([c for c in charts if c.startswith("training-")]) == 5
-    assert {"margin-histogram", "margin-length", "grounding-bars", "groups-0", "groups-1", "groups-2"} <= set(
-        charts
-    )
+    assert {"margin-histogram", "margin-length", "grounding-bars", "groups-0", "groups-1", "groups-2"} <= set(charts)
     assert not any("missing" in (a.get("class") or "") for _, a in page.tags)
     for title in ("Loss", "Preference accuracy", "Odds-ratio term", "SFT term", "Learning rate"):
         assert title in page.flat("training")
@@ -109,27 +105,25 @@ def test_every_section_is_there_with_its_content(full_page):
 
 def test_the_numbers_are_those_of_preference(run, full_page):
     page, _ = full_page
-    after, before = (preference.read_pairs(folder / "preference_pairs.jsonl") for folder in run)
-    metrics, earlier = preference.summarize(after, 0.1), preference.summarize(before, 0.1)
-    comparison = preference.compare(after, before)
+    after, before = (records.read_pairs(folder / "preference_pairs.jsonl") for folder in run)
+    now, earlier = metrics.summarize(after, 0.1), metrics.summarize(before, 0.1)
+    comparison = metrics.compare(after, before)
     text = page.flat("summary")
-    for one in (metrics, earlier):
+    for one in (now, earlier):
         assert f"{100 * one['preference_accuracy']:.1f}%" in text
         low, high = one["preference_accuracy_low"], one["preference_accuracy_high"]
         assert f"95% interval {100 * low:.1f} to {100 * high:.1f}%" in text
     assert f"+{100 * comparison['difference']:.1f} points" in text
     assert f"{comparison['only_a']} right only after, {comparison['only_b']} right only before" in text
     assert "p < 0.001" in text and "160 pairs on 80 images" in text
-    shown = f"{metrics['odds_ratio_loss'] - earlier['odds_ratio_loss']:+.3f}".replace("-", "−")
+    shown = f"{now['odds_ratio_loss'] - earlier['odds_ratio_loss']:+.3f}".replace("-", "−")
     assert shown in text
-    subset = metrics["subsets"]["source"]["COCO"]
+    subset = now["subsets"]["source"]["COCO"]
     assert f"COCO{subset['n']}" in page.flat("subsets")
-    small = metrics["small_subsets"]["source"]
-    assert f"Too few pairs for numbers: {next(iter(small))} ({next(iter(small.values()))})" in page.flat(
-        "subsets"
-    )
-    grey = preference.read_pairs(run[0] / "preference_pairs_grey.jsonl")
-    accuracy = preference.summarize(grey, 0.1)["preference_accuracy"]
+    small = now["small_subsets"]["source"]
+    assert f"Too few pairs for numbers: {next(iter(small))} ({next(iter(small.values()))})" in page.flat("subsets")
+    grey = records.read_pairs(run[0] / "preference_pairs_grey.jsonl")
+    accuracy = metrics.summarize(grey, 0.1)["preference_accuracy"]
     assert f"With a grey image the accuracy is {100 * accuracy:.1f}%, not disting" in page.flat("grounding")
 
 
@@ -137,12 +131,12 @@ def test_examples_show_texts_scores_and_images(run, full_page):
     page, html = full_page
     cards = [a for tag, a in page.tags if tag == "article"]
     assert len(cards) == 48
-    pairs = {p["pair_id"]: p for p in preference.read_pairs(run[0] / "preference_pairs.jsonl")[:48]}
+    pairs = {p.pair_id: p for p in records.read_pairs(run[0] / "preference_pairs.jsonl")[:48]}
     margins = [float(card["data-margin"]) for card in cards]
-    assert sorted(margins) == sorted(map(preference.margin, pairs.values()))
+    assert sorted(margins) == sorted(pair.margin for pair in pairs.values())
     assert (margins[0], margins[1]) == (max(margins), min(margins)), "best and worst come first, in turn"
     assert Counter(card["data-status"] for card in cards) == Counter(
-        "correct" if pair["correct"] else "incorrect" for pair in pairs.values()
+        "correct" if pair.correct else "incorrect" for pair in pairs.values()
     )
     images = [a["src"] for tag, a in page.tags if tag == "img"]
     assert len(images) == 48 and all(source.startswith("data:image/") for source in images)
@@ -160,10 +154,7 @@ def test_nothing_is_fetched_and_only_own_scripts_run(full_page):
         assert not [name for name in attributes if name.startswith("on")]
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy and "unsafe-eval" not in policy
-    scripts = [
-        (a, text)
-        for (_, a), text in zip([t for t in page.tags if t[0] == "script"], page.scripts, strict=True)
-    ]
+    scripts = [(a, text) for (_, a), text in zip([t for t in page.tags if t[0] == "script"], page.scripts, strict=True)]
     assert [a.get("type") for a, _ in scripts] == ["application/json", None, None]
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for _, text in scripts[1:]}
     assert set(re.findall(r"'sha256-([^']+)'", policy)) == hashes
@@ -175,26 +166,28 @@ def test_nothing_is_fetched_and_only_own_scripts_run(full_page):
 def evil_page(tmp_path_factory):
     """Every text a dataset, a model or a config brings, made hostile."""
     folder = tmp_path_factory.mktemp("evil")
-    pairs = make_pairs(60, 0.4, seed=1)
-    for i, pair in enumerate(pairs):
-        pair |= {
-            "dataset": EVIL,
-            "source": EVIL + str(i % 2),
-            "question_type": EVIL,
-            "pair_id": EVIL + str(i),
-        }
-        pair["subset"] = f"{pair['source']}/{EVIL}"
-    preference.write_pairs(folder / "preference_pairs.jsonl", pairs)
+    pairs = [
+        replace(
+            pair,
+            dataset=EVIL,
+            source=EVIL + str(i % 2),
+            question_type=EVIL,
+            pair_id=EVIL + str(i),
+            subset=f"{EVIL}{i % 2}/{EVIL}",
+        )
+        for i, pair in enumerate(make_pairs(60, 0.4, seed=1))
+    ]
+    records.write_pairs(folder / "preference_pairs.jsonl", pairs)
     entry = {
         "step": 1,
         "epoch": 0.1,
         "dataset": EVIL,
-        "metrics": preference.summarize(pairs, 0.1),
+        "metrics": metrics.summarize(pairs, 0.1),
         "grounding": None,
     }
-    preference.append_history(folder / "preference_eval.json", entry)
+    records.append_history(folder / "preference_eval.json", entry)
     texts = [
-        {k: p[k] for k in ("dataset", "pair_id")}
+        {"dataset": p.dataset, "pair_id": p.pair_id}
         | {
             "question": EVIL,
             "chosen": EVIL + " a",
@@ -215,9 +208,7 @@ def test_all_text_is_escaped(evil_page):
     assert len(page.scripts) == 3
     assert not any(tag == "img" for tag, _ in page.tags)
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert page.flat("examples").count("window.hacked = 1</script>") >= 60 * 4, (
-        "the text itself stays readable"
-    )
+    assert page.flat("examples").count("window.hacked = 1</script>") >= 60 * 4, "the text itself stays readable"
     assert "49" not in re.findall(r"x (.{2})", page.flat("examples")), "templates in data are not evaluated"
     assert "<script" not in page.scripts[0]
     assert [a["data-subset"] for tag, a in page.tags if tag == "article"][0].endswith(f"/{EVIL}")
@@ -226,7 +217,7 @@ def test_all_text_is_escaped(evil_page):
 def test_page_stays_small_with_200_images(tmp_path):
     """Noise compresses worse than any photo; long answers on top."""
     after, before = make_run(tmp_path, n=400, examples=0)
-    pairs = [p | {"image_hash": f"own{i}"} for i, p in enumerate(make_pairs(400, 0.47, seed=200))]
+    pairs = [replace(p, image_hash=f"own{i}") for i, p in enumerate(make_pairs(400, 0.47, seed=200))]
     write_examples(after, pairs[:200], noise=True)
     page, html = make_page(after, "--baseline", str(before))
     assert len([1 for tag, _ in page.tags if tag == "article"]) == 200
@@ -262,7 +253,7 @@ def test_history_alone_gives_before_and_after_without_pairing(tmp_path):
 
 
 def test_pairs_alone_ask_for_a_baseline(tmp_path):
-    preference.write_pairs(tmp_path / "preference_pairs.jsonl", make_pairs(40, 0.4, 1))
+    records.write_pairs(tmp_path / "preference_pairs.jsonl", make_pairs(40, 0.4, 1))
     page, _ = make_page(tmp_path)
     assert "give that folder as --baseline" in page.flat("summary")
     assert "Margin against length difference" in page.flat("margins")
@@ -270,8 +261,8 @@ def test_pairs_alone_ask_for_a_baseline(tmp_path):
 
 def test_several_evaluation_sets_have_their_own_tables(tmp_path):
     for i, name in enumerate(("first", "second")):
-        pairs = [p | {"dataset": name} for p in make_pairs(40 + i, 0.4, i)]
-        preference.write_pairs(tmp_path / f"preference_pairs_{name}.jsonl", pairs)
+        pairs = [replace(p, dataset=name) for p in make_pairs(40 + i, 0.4, i)]
+        records.write_pairs(tmp_path / f"preference_pairs_{name}.jsonl", pairs)
     page, _ = make_page(tmp_path)
     headings = [a for tag, a in page.tags if a.get("class") == "dataset"]
     assert len(headings) == 2
@@ -279,9 +270,7 @@ def test_several_evaluation_sets_have_their_own_tables(tmp_path):
 
 
 def test_training_log_falls_back_to_the_checkpoint_and_to_the_jsonl(tmp_path):
-    write_lines(
-        tmp_path / "trainer_log.jsonl", [{"current_steps": s, "loss": 1.0, "lr": 1e-4} for s in range(1, 9)]
-    )
+    write_lines(tmp_path / "trainer_log.jsonl", [{"current_steps": s, "loss": 1.0, "lr": 1e-4} for s in range(1, 9)])
     assert report_inputs.read_run(tmp_path).log[0] == {"step": 1, "loss": 1.0, "learning_rate": 1e-4}
     page, _ = make_page(tmp_path)
     assert "Learning rate" in page.flat("training") and "SFT term" not in page.flat("training")
@@ -293,7 +282,7 @@ def test_training_log_falls_back_to_the_checkpoint_and_to_the_jsonl(tmp_path):
 
 def test_missing_and_broken_images_are_named(tmp_path):
     pairs = make_pairs(30, 0.4, 1)
-    preference.write_pairs(tmp_path / "preference_pairs.jsonl", pairs)
+    records.write_pairs(tmp_path / "preference_pairs.jsonl", pairs)
     write_examples(tmp_path, pairs[:6])
     (tmp_path / "images" / "hash0.png").unlink()
     broken = tmp_path / "images" / "hash1.png"
@@ -328,7 +317,7 @@ def test_bad_lines_and_unequal_baselines_are_named(tmp_path, run):
         report.main([str(tmp_path)])
     other = tmp_path / "other"
     other.mkdir()
-    preference.write_pairs(other / "preference_pairs.jsonl", make_pairs(159, 0.0, 1))
+    records.write_pairs(other / "preference_pairs.jsonl", make_pairs(159, 0.0, 1))
     with pytest.raises(ValueError, match="1 pair.* missing from the second set: 'demo-0159'"):
         report.main([str(run[0]), "--baseline", str(other), "--out", str(tmp_path / "x.html")])
 
@@ -347,25 +336,21 @@ def test_command_line(tmp_path):
 
 def test_a_cut_keeps_both_ends():
     pairs = make_pairs(50, 0.2, 3)
-    texts = {(p["dataset"], p["pair_id"]): report_inputs.Texts("q", "c", "r", None, {}) for p in pairs}
+    texts = {p.key: report_inputs.Texts("q", "c", "r", None, {}) for p in pairs}
     scored = report_inputs.Run(Path(), {"true": pairs, "grey": [], "other": []}, [], [], {})
     chosen = report_examples.choose_examples(scored, None, texts, 10)
-    margins = sorted(map(preference.margin, pairs))
+    margins = sorted(pair.margin for pair in pairs)
     assert sorted(example.margin for example in chosen) == margins[:5] + margins[-5:]
     everything = report_examples.choose_examples(scored, None, texts, 1000)
     assert Counter(example.key for example in everything) == Counter(texts.keys())
 
 
-words = st.lists(st.sampled_from(["a", "dog", "cat", "\n", "  ", "sits", "<b>", ""]), max_size=25).map(
-    " ".join
-)
+words = st.lists(st.sampled_from(["a", "dog", "cat", "\n", "  ", "sits", "<b>", ""]), max_size=25).map(" ".join)
 
 
 @given(words, words)
 def test_marking_differences_loses_no_character(chosen, rejected):
-    for text, parts in zip(
-        (chosen, rejected), report_examples.mark_differences(chosen, rejected), strict=True
-    ):
+    for text, parts in zip((chosen, rejected), report_examples.mark_differences(chosen, rejected), strict=True):
         assert "".join(part for part, _ in parts) == text
 
 
@@ -426,9 +411,7 @@ def open_page(browser):
         page = context.new_page()
         page.on("console", lambda m: m.type in ("error", "warning") and complaints.append(m.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url)
-        )
+        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url))
         page.goto(path.as_uri())
         page.wait_for_function(
             "() => [...document.querySelectorAll('.chart')].every("
@@ -448,16 +431,12 @@ def visible(page) -> list[str]:
 
 
 def margins(page) -> list[float]:
-    return page.eval_on_selector_all(
-        ".example:not([hidden])", "cards => cards.map((c) => Number(c.dataset.margin))"
-    )
+    return page.eval_on_selector_all(".example:not([hidden])", "cards => cards.map((c) => Number(c.dataset.margin))")
 
 
 def find_tooltip(page, chart: str) -> str:
     """Moves over a chart until a tooltip shows; its text."""
-    page.locator(f"#{chart}").evaluate(
-        "chart => chart.scrollIntoView({behavior: 'instant', block: 'center'})"
-    )
+    page.locator(f"#{chart}").evaluate("chart => chart.scrollIntoView({behavior: 'instant', block: 'center'})")
     box = page.locator(f"#{chart}").bounding_box()
     for y in range(8, int(box["height"]) - 40, 5):
         for x in range(80, int(box["width"]) - 8, 8):
@@ -490,27 +469,27 @@ def test_browser_filters(open_page, run, full_page):
     assert visible(page) == ["7"]
     page.fill("#search", "")
 
-    pairs = preference.read_pairs(run[0] / "preference_pairs.jsonl")[:48]
-    before = {p["pair_id"]: p for p in preference.read_pairs(run[1] / "preference_pairs.jsonl")}
-    wrong = {str(i) for i, p in enumerate(pairs) if not p["correct"]}
+    pairs = records.read_pairs(run[0] / "preference_pairs.jsonl")[:48]
+    before = {p.pair_id: p for p in records.read_pairs(run[1] / "preference_pairs.jsonl")}
+    wrong = {str(i) for i, p in enumerate(pairs) if not p.correct}
     page.select_option("#status", "=incorrect")
     assert set(visible(page)) == wrong and wrong
     page.select_option("#status", "")
-    fixed = {str(i) for i, p in enumerate(pairs) if p["correct"] and not before[p["pair_id"]]["correct"]}
+    fixed = {str(i) for i, p in enumerate(pairs) if p.correct and not before[p.pair_id].correct}
     page.select_option("#change", "=fixed")
     page.click("#more") if page.is_visible("#more") else None
     assert set(visible(page)) == fixed
     kind = "COCO/question answering"
     page.select_option("#subset", "=" + kind)
-    assert set(visible(page)) == {i for i in fixed if pairs[int(i)]["subset"] == kind}
+    assert set(visible(page)) == {i for i in fixed if pairs[int(i)].subset == kind}
     assert page.inner_text("#count") == f"{len(visible(page))} of {len(visible(page))} shown"
 
 
 def test_browser_sorts(open_page, run, full_page):
     page = open_page(run[0] / "report.html")
-    pairs = preference.read_pairs(run[0] / "preference_pairs.jsonl")[:48]
-    before = {p["pair_id"]: p for p in preference.read_pairs(run[1] / "preference_pairs.jsonl")}
-    ordered = sorted(map(preference.margin, pairs))
+    pairs = records.read_pairs(run[0] / "preference_pairs.jsonl")[:48]
+    before = {p.pair_id: p for p in records.read_pairs(run[1] / "preference_pairs.jsonl")}
+    ordered = sorted(pair.margin for pair in pairs)
     assert margins(page)[:4] == [ordered[-1], ordered[0], ordered[-2], ordered[1]]
     page.select_option("#sort", "worst")
     assert margins(page) == ordered[:20]
@@ -518,9 +497,7 @@ def test_browser_sorts(open_page, run, full_page):
     assert margins(page) == ordered[::-1][:20]
     page.select_option("#sort", "place")
     assert visible(page) == [str(i) for i in range(20)]
-    gains = {
-        str(i): preference.margin(p) - preference.margin(before[p["pair_id"]]) for i, p in enumerate(pairs)
-    }
+    gains = {str(i): p.margin - before[p.pair_id].margin for i, p in enumerate(pairs)}
     page.select_option("#sort", "gained")
     assert visible(page) == sorted(gains, key=lambda i: -gains[i])[:20]
     page.select_option("#sort", "lost")
@@ -540,9 +517,7 @@ def test_browser_follows_the_colour_scheme_while_open(open_page, run, full_page)
 
 @pytest.mark.parametrize("width", [360, 390, 768])
 def test_browser_phone_needs_no_sideways_scrolling(open_page, run, full_page, width):
-    page = open_page(
-        run[0] / "report.html", viewport={"width": width, "height": 800}, has_touch=True, is_mobile=True
-    )
+    page = open_page(run[0] / "report.html", viewport={"width": width, "height": 800}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("Math.max(...[...document.images].map((i) => i.x + i.width))") <= width
     touch = page.evaluate("""() => { const found = []; const walk = (node) => {

@@ -8,22 +8,22 @@ scripts/make_demo_data.py.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from llava_orpo.tiny.object_questions import write
+from llava_orpo.recipe import flags, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str]) -> int:
+    parser = flags(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/demo_objects.parquet"))
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    from llava_orpo.tiny.object_questions import write
+
     print(write(args.out, args.count, args.seed))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

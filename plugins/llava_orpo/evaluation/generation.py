@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,17 @@ from .resume import Saved, fingerprint
 from .sampling import SeededSampling
 from .session import Session
 
-OWN_KEYS = {
-    "models": None, "max_prompts": None, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "restart": False,
-}  # fmt: skip
 SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are generated. temperature: 0 is greedy; above, sampled from `seed` within the top_p nucleus."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 def named_models(recipe: dict[str, Any], models: str | list | None) -> dict[str, dict[str, Any]]:
@@ -58,32 +67,27 @@ def unique_prompts(rows, limit: int | None = None) -> list[int]:
 
 
 def answers(
-    session: Session, positions: Sequence[int], folder: Path, name: str, own: dict[str, Any]
+    session: Session, positions: Sequence[int], folder: Path, name: str, settings: Settings, restart: bool = False
 ) -> dict[int, dict[str, Any]]:
-    """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, saved ones included."""
-    settings = {key: own[key] for key in ("max_new_tokens", "temperature", "top_p")}
-    settings["seed"] = int(session.recipe.get("seed", 0))
-    parts = json.dumps([fingerprint(session), settings if settings["temperature"] else own["max_new_tokens"]])
+    """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, saved ones included.
+
+    name: of the model; its answers are saved in `folder` under it as they come. restart: do not use saved ones.
+    """
+    used = dataclasses.asdict(settings) if settings.temperature else settings.max_new_tokens
+    parts = json.dumps([fingerprint(session), used])
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    saved = Saved(folder / f".answers_{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl", key, own["restart"])
+    saved = Saved(folder / f".answers_{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl", key, restart)
     done = {record["position"]: record for record in saved.records}
     waiting = [position for position in positions if position not in done]
     if waiting:
         with saved.appending(len(positions), len(positions) - len(waiting), "prompt", name) as add:
-            for batch in generate(session, waiting, **settings):
+            for batch in generate(session, waiting, settings):
                 add(batch)
                 done.update((record["position"], record) for record in batch)
     return {position: done[position] for position in positions}
 
 
-def generate(
-    session: Session,
-    positions: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Iterator[list[dict[str, Any]]]:
+def generate(session: Session, positions: Sequence[int], settings: Settings) -> Iterator[list[dict[str, Any]]]:
     """Answers to the prompts of session.rows[positions], a list of records per batch, longest prompts first.
 
     Plain transformers `generate` on left-padded batches. Sampling draws from a generator per prompt (see
@@ -120,9 +124,9 @@ def generate(
     for rows, bad, inputs in loader:
         records = [_record(row, ids, bad_image=reason) for row, reason in bad]
         if rows:
-            seeds = [prompt_seed(row, seed) for row in rows]
-            processors = [SeededSampling(seeds, temperature, top_p)] if temperature else []
-            texts = answer_batch(session, inputs, max_new_tokens, processors)
+            seeds = [prompt_seed(row, settings.seed) for row in rows]
+            processors = [SeededSampling(seeds, settings.temperature, settings.top_p)] if settings.temperature else []
+            texts = answer_batch(session, inputs, settings.max_new_tokens, processors)
             records += [_record(row, ids, answer=text) for row, text in zip(rows, texts)]
         yield records
 

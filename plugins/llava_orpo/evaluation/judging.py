@@ -12,6 +12,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from .answer_pairs import AnswerPair, tally
+from ..files import whole_lines
+from .answer_pairs import AnswerPair, tally, tally_text
 from .judge_api import ChatClient, EndpointUnusable, RequestFailed
 from .judge_prompt import REMINDER, RULES, TASK, parse_verdict
 
@@ -29,6 +31,27 @@ REMINDERS = 2  # how often a judge is asked again for a verdict that can be read
 GIVE_UP = 10  # failures in a row after which the endpoint is taken for broken
 ANSWER_TOKENS = 200  # of a short reasoning with its verdict, for the estimate
 SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whom to ask and how: the judge's name there, the criteria, fields of the request, requests at a time."""
+
+    client: ChatClient
+    model: str
+    criteria: str
+    request: dict[str, Any]
+    concurrency: int
+
+
+def tasks(pairs: Sequence[AnswerPair], model: str, criteria: str) -> dict[str, tuple[AnswerPair, str]]:
+    """{verdict key: (pair, order)} of every verdict that the pairs need: both orders of each, none where identical."""
+    return {
+        verdict_key(pair, order, model, criteria): (pair, order)
+        for pair in pairs
+        if not identical(pair)
+        for order in ORDERS
+    }
 
 
 def identical(pair: AnswerPair) -> bool:
@@ -47,7 +70,7 @@ def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
+    whole = whole_lines(data)
     if whole != data:
         path.write_bytes(whole)
     records = [json.loads(line) for line in whole.decode().splitlines()]
@@ -93,16 +116,12 @@ def image_tokens(image: Path | None) -> int:
 
 
 async def judge(
-    client: ChatClient,
+    asking: Asking,
     waiting: dict[str, tuple[AnswerPair, str]],
     done: dict[str, dict[str, Any]],
     verdicts: Path,
-    model: str,
-    criteria: str,
-    request: dict[str, Any],
-    concurrency: int,
 ) -> dict[str, str]:
-    """Asks for the waiting verdicts, `concurrency` at a time; each goes to `done` and the file as it comes.
+    """Asks for the waiting verdicts, `asking.concurrency` at a time; each goes to `done` and the file as it comes.
 
     Returns {key: why it failed}.
 
@@ -115,9 +134,8 @@ async def judge(
     try:
         with verdicts.open("a", encoding="utf-8") as out, tqdm(total=len(waiting), unit="verdict") as bar:
             while True:
-                for key, (pair, order) in itertools.islice(todo, concurrency - len(running)):
-                    asking = one_verdict(client, pair, order, model, criteria, request)
-                    running[asyncio.create_task(asking)] = key
+                for key, (pair, order) in itertools.islice(todo, asking.concurrency - len(running)):
+                    running[asyncio.create_task(one_verdict(asking, pair, order))] = key
                 if not running:
                     return failed
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -126,12 +144,7 @@ async def judge(
                     pair, order = waiting[key]
                     bar.update()
                     try:
-                        record = {
-                            "key": key,
-                            "dataset": pair.dataset,
-                            "pair_id": pair.pair_id,
-                            **task.result(),
-                        }
+                        record = {"key": key, "dataset": pair.dataset, "pair_id": pair.pair_id, **task.result()}
                     except RequestFailed as error:
                         failed[key] = str(error)
                         row += 1
@@ -151,12 +164,10 @@ async def judge(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await client.close()
+        await asking.client.close()
 
 
-async def one_verdict(
-    client: ChatClient, pair: AnswerPair, order: str, model: str, criteria: str, request: dict[str, Any]
-) -> dict[str, Any]:
+async def one_verdict(asking: Asking, pair: AnswerPair, order: str) -> dict[str, Any]:
     """One record: order, verdict ("A", "B", "tie", None), outcome ("a", "b", "tie", None), text, usage, tries."""
     first, second = (pair.a, pair.b) if order == "ab" else (pair.b, pair.a)
     content: list[dict[str, Any]] = [
@@ -165,12 +176,12 @@ async def one_verdict(
     if pair.image:
         content.insert(0, {"type": "image_url", "image_url": {"url": data_url(pair.image)}})
     messages = [
-        {"role": "system", "content": RULES.format(criteria=criteria)},
+        {"role": "system", "content": RULES.format(criteria=asking.criteria)},
         {"role": "user", "content": content},
     ]
     usage, tries = Counter(), 0
     for _ in range(1 + REMINDERS):
-        answer = await client.ask({"model": model, "messages": messages, **request})
+        answer = await asking.client.ask({"model": asking.model, "messages": messages, **asking.request})
         usage.update({key: value for key, value in answer["usage"].items() if isinstance(value, int)})
         tries += answer["tries"]
         verdict = parse_verdict(answer["text"])
@@ -242,3 +253,23 @@ def summarize(
         "subsets": {name: tally(found) for name, found in sorted(by_subset.items())},
         "outcomes": outcomes,
     }
+
+
+def print_summary(summary: dict[str, Any], failed: dict[str, str]) -> None:
+    """Counts, position bias and failures as text."""
+    print(tally_text(summary["a"], summary["b"], summary))
+    if summary["identical"]:
+        print(f"  identical answers  {summary['identical']}, counted as ties and not sent")
+    judged = summary["n"] - summary["identical"]
+    if judged:
+        print(f"  orders disagreed   {summary['orders_disagree']} of {judged}; the same place won twice in "
+              f"{summary['position_bias_rate']:.1%}")  # fmt: skip
+    if summary["first_place_share"] is not None:
+        print(f"  first place won    {summary['first_place_share']:.1%} of the decided verdicts")
+    if summary["not_judged"]:
+        print(
+            f"  {summary['not_judged']} pairs were not judged; run the command again to try them.",
+            file=sys.stderr,
+        )
+    for reason, count in Counter(failed.values()).most_common(3):
+        print(f"  {count} verdicts failed: {reason}", file=sys.stderr)

@@ -62,14 +62,15 @@ def _read(path: Path, key: str) -> list[dict[str, Any]]:
 def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> Evaluation:
     """Scores the recipe's model on its eval_dataset into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return evaluate_session(open_session(recipe, str(folder)), folder, restart)
+    with open_session(recipe, str(folder)) as session:
+        return evaluate_session(session, folder, restart)
 
 
 def evaluate_session(session: Session, folder: Path, restart: bool = False) -> Evaluation:
     """`evaluate` with a model that is loaded already."""
     conditions = CONDITIONS if session.arguments.grounding_eval else ("true",)
     merged = {condition: scoring.merge([score(session, folder, condition, restart)]) for condition in conditions}
-    evaluation = Evaluation.of(merged, session.beta, session.arguments.eval_min_subset)
+    evaluation = Evaluation.of(session.rows, merged, session.beta, session.arguments.eval_min_subset)
     count = session.arguments.eval_examples
     write_evaluation(folder, session.rows, evaluation, session.tokenizer, count, step=0, epoch=0.0)
     return evaluation

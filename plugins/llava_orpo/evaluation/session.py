@@ -6,6 +6,7 @@ is loaded exactly as `llamafactory-cli` would.
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,16 @@ class Session:
     recipe: dict[str, Any]
     beta: float
     autocast: torch.dtype | None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_error) -> None:
+        """Lets the model go: the next one may need its memory."""
+        self.model = self.collator = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def device(self) -> torch.device:

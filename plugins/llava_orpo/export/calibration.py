@@ -25,7 +25,6 @@ from ..data.anyres import AnyresGeometry
 from ..data.conversation import CONVERSATIONS, Conversation, expand_image_token
 from ..errors import UserError
 
-HELDOUT_FRACTION = 0.02  # the default of the recipe key heldout_fraction
 PROBE = "What is in the picture?"
 
 
@@ -87,11 +86,14 @@ def find_source(data: str, registry: Path) -> Source:
     return Source(registry / entry["file_name"], data, block.get("part"), block.get("filter", {}))
 
 
-def choose_pairs(source: Source, count: int, seed: int = 0) -> tuple[list[dict[str, Any]], Counter]:
-    """`count` random rows (fewer if there are not so many) as {question, chosen, rejected, image (bytes)}.
+def choose_pairs(
+    source: Source, count: int, heldout_fraction: float, seed: int = 0
+) -> tuple[list[dict[str, Any]], Counter]:
+    """`count` random rows (fewer if there are fewer) as {question, chosen, rejected, image (bytes)}.
 
     Also returns the reasons rows were passed over (unusable text or image, the other part) with their
-    counts. Only the chosen rows' images are read. Raises DataError when no row is usable or the filter
+    counts. heldout_fraction: that of the training recipe, which decides what the `part` of a registered dataset holds.
+    Only the chosen rows' images are read. Raises DataError when no row is usable or the filter
     matches none.
     """
     dataset = source.open()
@@ -115,7 +117,7 @@ def choose_pairs(source: Source, count: int, seed: int = 0) -> tuple[list[dict[s
             except (rows.RowError, images.ImageError, OSError) as error:
                 passed[str(error)] += 1
                 continue
-            if source.part and rows.is_heldout(images.content_hash(data), HELDOUT_FRACTION) != (
+            if source.part and rows.is_heldout(images.content_hash(data), heldout_fraction) != (
                 source.part == "heldout"
             ):
                 passed[f"not in the {source.part} part"] += 1

@@ -27,8 +27,11 @@ AWQ_MAPPINGS = (
 )
 
 
-def run(args: argparse.Namespace) -> None:
-    # Whatever can be refused is refused here, before anything is loaded.
+def quantize(args: argparse.Namespace) -> None:
+    """Quantizes `args.model` into `args.out` (the flags of scripts/quantize.py).
+
+    Raises CheckpointError and DataError; whatever can be refused is refused before anything is loaded.
+    """
     table = check_model(args.model, args.group_size)
     if args.out.resolve() == args.model.resolve():
         raise CheckpointError(f"{args.out} is the model's own folder; write the result somewhere else.")
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_disk(args.out.parent, size)  # an upper bound
-    pairs, passed = calibration.choose_pairs(source, args.samples)
+    pairs, passed = calibration.choose_pairs(source, args.samples, args.heldout_fraction)
     for reason, count in passed.items():
         print(f"  {count} rows passed over: {reason}")
 
@@ -88,7 +91,7 @@ def check_model(folder: Path, group_size: int) -> dict[str, tuple[str, tuple[int
 def quantize_decoder(decoder, samples: list[dict], method: str, group_size: int, folder: Path) -> None:
     """Quantize every linear layer of a text decoder in place with llm-compressor, block after block.
 
-    samples: keyword arguments of the decoder, one dict a sample. GPTQ is symmetric with static activation
+    samples: keyword arguments of the decoder, one dict per sample. GPTQ is symmetric with static activation
     order (no g_idx is stored); AWQ has zero points, as its authors' W4A16 has.
     """
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")  # and its line of error per layer

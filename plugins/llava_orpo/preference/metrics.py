@@ -122,7 +122,11 @@ def compare(pairs_a: Sequence[ScoredPair], pairs_b: Sequence[ScoredPair], seed: 
 
 
 def grounding(
-    true: Sequence[ScoredPair], grey: Sequence[ScoredPair], other: Sequence[ScoredPair], seed: int = 0, n_boot: int = 2000
+    true: Sequence[ScoredPair],
+    grey: Sequence[ScoredPair],
+    other: Sequence[ScoredPair],
+    seed: int = 0,
+    n_boot: int = 2000,
 ) -> dict:
     """How much of the preference comes from the image (the question mDPO asks, arXiv 2406.11839).
 

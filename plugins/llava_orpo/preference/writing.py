@@ -11,7 +11,7 @@ from ..data import image_store, images
 from ..errors import UserError
 from ..files import write_jsonl
 from . import metrics
-from .records import ScoredPair, append_history, write_pairs
+from .records import CONDITIONS, ScoredPair, append_history, write_pairs
 from .scoring import ScoredRow
 
 PAIRS, HISTORY, EXAMPLES = "preference_pairs", "preference_eval.json", "preference_examples.jsonl"
@@ -21,12 +21,15 @@ PAIRS, HISTORY, EXAMPLES = "preference_pairs", "preference_eval.json", "preferen
 class Evaluation:
     """An evaluation set scored by one model.
 
+    name       the set's datasets, joined by commas: its name in preference_eval.json
     scored     {image condition: its scored rows, in dataset order}, "true" always among them
     unusable   rows whose own image could not be decoded
     summary    `metrics.summarize` of the pairs with their own image
-    grounding  `metrics.grounding`, or None where only the own image was shown
+    grounding  `metrics.grounding` of the pairs scored under every condition (`n` says how many); None where only the
+               own image was shown, and where there is no such pair
     """
 
+    name: str
     scored: dict[str, list[ScoredRow]]
     unusable: list[ScoredRow]
     summary: dict[str, Any]
@@ -39,18 +42,28 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, merged: dict[str, tuple[list[ScoredRow], list[ScoredRow]]], beta: float, min_subset: int
+        cls, rows, merged: dict[str, tuple[list[ScoredRow], list[ScoredRow]]], beta: float, min_subset: int
     ) -> Evaluation:
-        """What `scoring.merge` gave per condition, with its metrics. Raises UserError when no pair was scored."""
+        """What `scoring.merge` gave per condition for the set `rows`, with its metrics. Raises UserError when no pair was scored."""
         scored = {condition: good for condition, (good, _) in merged.items()}
         unusable = merged["true"][1]
         if not scored["true"]:
             reason = unusable[0].bad_image if unusable else "the evaluation set is empty"
             raise UserError(f"No pair of the evaluation set could be scored: {reason}")
-        pairs = {condition: pairs_of(rows) for condition, rows in scored.items()}
-        summary = metrics.summarize(pairs["true"], beta=beta, min_subset=min_subset)
-        grounding = metrics.grounding(pairs["true"], pairs["grey"], pairs["other"]) if len(pairs) > 1 else None
-        return cls(scored, unusable, summary, grounding)
+        summary = metrics.summarize(pairs_of(scored["true"]), beta=beta, min_subset=min_subset)
+        return cls(dataset_names(rows), scored, unusable, summary, _grounding(scored))
+
+
+def _grounding(scored: dict[str, list[ScoredRow]]) -> dict[str, Any] | None:
+    """`Evaluation.grounding`. A row can have a score under some conditions only: its own image cannot be decoded but a
+    grey one is made, or it can but the image it was to show under `other` cannot."""
+    if not all(condition in scored for condition in CONDITIONS):
+        return None
+    pairs = {condition: pairs_of(scored[condition]) for condition in CONDITIONS}
+    common = set.intersection(*({pair.key for pair in side} for side in pairs.values()))
+    if not common:
+        return None
+    return metrics.grounding(*([pair for pair in pairs[condition] if pair.key in common] for condition in CONDITIONS))
 
 
 def pairs_of(rows: Sequence[ScoredRow]) -> list[ScoredPair]:
@@ -59,7 +72,7 @@ def pairs_of(rows: Sequence[ScoredRow]) -> list[ScoredPair]:
 
 
 def dataset_names(rows) -> str:
-    """The datasets an evaluation set is made of, joined by commas: its name in preference_eval.json."""
+    """The datasets an evaluation set is made of, joined by commas."""
     return ",".join(sorted(set(rows["dataset"])))
 
 
@@ -80,7 +93,7 @@ def write_evaluation(
         {
             "step": step,
             "epoch": epoch,
-            "dataset": dataset_names(rows),
+            "dataset": evaluation.name,
             "metrics": evaluation.summary,
             "grounding": evaluation.grounding,
         },

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import hashlib
 import json
 import os
 import random
 import shutil
 import string
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -27,8 +28,7 @@ from transformers import (
 )
 
 from ..checkpoint.published import published_name
-from . import training
-from . import world as demo_world
+from . import training, world
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 # The published five grids, in units of one tile.
@@ -62,7 +62,7 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
     corpus = ["[INST] [/INST]"]
     for _ in range(turns):
         question, answer = training.write_turn(
-            demo_world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1
+            world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1
         )
         corpus += [
             question,
@@ -168,36 +168,61 @@ def save(
     os.replace(part, out)
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """What the weights depend on: the flags, this code and the libraries."""
+@dataclass(frozen=True)
+class Recipe:
+    """What the weights depend on, beside this code: pictures drawn, steps of each phase, share of false answers."""
+
+    images: int
+    sight_steps: int
+    steps: int
+    hallucination: float
+    habit_steps: int
+    seed: int
+
+
+def settings(recipe: Recipe) -> dict:
+    """What the weights depend on: the recipe, this code and the libraries."""
     code = hashlib.sha256()
-    for module in (demo_world, training):
+    for module in (world, training):
         code.update(Path(module.__file__).read_bytes())
     code.update(Path(__file__).read_bytes())
-    flags = {name: value for name, value in vars(args).items() if name != "out"}
     libraries = {lib.__name__: lib.__version__ for lib in (torch, transformers, tokenizers)}
-    return {**flags, "libraries": libraries, "code": code.hexdigest()}
+    return {**dataclasses.asdict(recipe), "libraries": libraries, "code": code.hexdigest()}
 
 
-def build(args: argparse.Namespace) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-    torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(args.seed)
+def make(out: Path, **recipe) -> str:
+    """Makes the folder unless it is there and complete; returns a line that says what was done. recipe: see `Recipe`."""
+    torch.set_num_threads(1)  # the same sums, so the same weights, whatever the number of cores
+    wanted = Recipe(**recipe)
+    made = settings(wanted)
+    if (out / SETTINGS_FILE).exists() and json.loads((out / SETTINGS_FILE).read_text()) == made:
+        return f"{out}: already there"
+    sight = out.with_name(out.name + ".sight")
+    model, processor = build(wanted, sight)
+    save(model.eval(), processor, out, made)
+    shutil.rmtree(sight, ignore_errors=True)
+    return f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def build(recipe: Recipe, sight: Path) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """The trained model and its processor. sight: folder in which the first phase's result waits for the second."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = make_tokenizer(recipe.seed)
     processor, model = make_processor(tokenizer), make_model(tokenizer)
-    if args.sight_steps == args.steps == 0:
+    if recipe.sight_steps == recipe.steps == 0:
         return model, processor
-    pictures = training.draw_pictures(processor, args.images, args.seed)
-    sight = args.out.with_name(args.out.name + ".sight")
-    made = settings(args)
+    pictures = training.draw_pictures(processor, recipe.images, recipe.seed)
+    made = settings(recipe)
     if (sight / SETTINGS_FILE).exists() and json.loads((sight / SETTINGS_FILE).read_text()) == made:
         model.model.vision_tower.load_state_dict(load_file(sight / "vision.safetensors"))
         print(f"vision tower: reused from {sight}")
     else:
-        training.train_sight(model, pictures, args.sight_steps, args.seed)
+        training.train_sight(model, pictures, recipe.sight_steps, recipe.seed)
         sight.mkdir(parents=True, exist_ok=True)
         save_file(model.model.vision_tower.state_dict(), sight / "vision.safetensors")
         (sight / SETTINGS_FILE).write_text(json.dumps(made))
-    training.train_instructions(model, processor, pictures, args.steps, args.seed, args.hallucination)
+    training.train_instructions(model, processor, pictures, recipe.steps, recipe.seed, recipe.hallucination)
     training.train_instructions(
-        model, processor, pictures, args.habit_steps, args.seed, training.HABIT_RATE, habits=True
+        model, processor, pictures, recipe.habit_steps, recipe.seed, training.HABIT_RATE, habits=True
     )
     return model, processor

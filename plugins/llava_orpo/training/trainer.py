@@ -231,7 +231,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         started = time.perf_counter()
         conditions = CONDITIONS if self.plugin.grounding_eval else ("true",)
         merged = {condition: self._score(dataset, condition) for condition in conditions}
-        evaluation = Evaluation.of(merged, self.beta, self.plugin.eval_min_subset)
+        evaluation = Evaluation.of(dataset, merged, self.beta, self.plugin.eval_min_subset)
         metrics = self._metrics_of(evaluation, metric_key_prefix, time.perf_counter() - started)
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
