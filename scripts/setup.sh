@@ -11,7 +11,7 @@ requirements=$1
     echo "Python 3.11 or newer is needed; found $("$PYTHON" --version 2>&1). Set PYTHON=/path/to/python3.11." >&2
     exit 1
 }
-pins=$(cat requirements*.txt requirements*.lock pyproject.toml; cat "$requirements" "${requirements%.txt}.lock" 2>/dev/null || true)
+pins=$(cat requirements.txt requirements/* pyproject.toml)
 stamp="$VENV/.installed-$(sha256sum <<<"$pins" | cut -c1-16)-$(basename "$requirements")"
 if [ ! -e "$stamp" ]; then
     echo "Installing into $VENV (several GB on a first run) ..."

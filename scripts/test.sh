@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the whole test suite in the pinned environment: bash scripts/test.sh [pytest arguments]
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements/dev.txt
 
-# Trackio's own requirements contradict LLaMA-Factory's; it runs without them (requirements-trackio.txt says which).
-"$VENV/bin/uv" pip install --quiet --no-deps --python "$VENV/bin/python" -r requirements-trackio.txt
+# Trackio's own requirements contradict LLaMA-Factory's; it runs without them (requirements/trackio.txt says which).
+"$VENV/bin/uv" pip install --quiet --no-deps --python "$VENV/bin/python" -r requirements/trackio.txt
 
 # The report's page is tested in a real browser.
 if ! command -v chromium >/dev/null && [ -z "${LLAVA_ORPO_NO_BROWSER:-}" ]; then
