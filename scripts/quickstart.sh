@@ -6,6 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 # Small kernels: threads that spin while they wait cost more than they give.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-export LLAMAFACTORY_VERBOSITY=${LLAMAFACTORY_VERBOSITY:-WARN} TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
+export LLAMAFACTORY_VERBOSITY=${LLAMAFACTORY_VERBOSITY:-WARN}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # nothing here comes from a hub
 exec python scripts/quickstart.py
