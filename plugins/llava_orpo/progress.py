@@ -369,7 +369,7 @@ def waiting(what: str) -> Iterator[None]:
     def show() -> None:
         pause = 2.0 if terminal else LOG_SECONDS
         while not over.wait(pause):
-            text = f"{what} ... {clock_text(time.monotonic() - started)}"
+            text = f"{what} ... {time.monotonic() - started:.0f} s"
             sys.stderr.write(f"\r\x1b[K{text}" if terminal else text + "\n")
             sys.stderr.flush()
             pause = 1.0 if terminal else LOG_SECONDS
@@ -384,10 +384,3 @@ def waiting(what: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def clock_text(seconds: float) -> str:
-    """Such as "0:05", "12:30" or "1:02:03"."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from .progress import LOG_SECONDS, Follower, clock_text
+from .progress import LOG_SECONDS, Follower
 
 LIST_WIDTH = 100  # columns, on a wider terminal too
 MARKS = {"waits": " ", "runs": "▸", "done": "✓", "failed": "✗"}
@@ -54,7 +54,7 @@ class LogSteps:
         """How far the running command is (see `run`)."""
         if follower.seconds >= self._next:
             self._next = follower.seconds + LOG_SECONDS
-            self._print(f"  {clock_text(follower.seconds)}  {follower.progress or follower.line or 'no output yet'}")
+            self._print(f"  {follower.seconds:.0f} s  {follower.progress or follower.line or 'no output yet'}")
 
     def end(self, seconds: float, result: str, reused: bool = False) -> None:
         """The running step is done."""
@@ -117,7 +117,7 @@ class LiveSteps(LogSteps):
         style = {"waits": "dim", "runs": "bold", "done": "", "failed": "bold red"}[step.state]
         seconds = f"{step.seconds:.0f} s" if step.state == "done" else ""
         if step.state == "runs" and self.follower:
-            seconds = clock_text(self.follower.seconds)
+            seconds = f"{self.follower.seconds:.0f} s"
         line = Table.grid(padding=(0, 1))
         line.width = min(self.console.width, LIST_WIDTH)
         line.add_column(width=1, style="green" if step.state == "done" else style)
