@@ -1,7 +1,7 @@
 """Trains, evaluates and exports the embedded tiny model, each step through the command a user would type.
 
-Run by quickstart.sh. Shows every command and how far it is; its output goes to outputs/quickstart/<step>.log. A finished step leaves a
-fingerprint of its inputs, and is not run again while they are the same.
+Run by quickstart.sh. Shows every command and how far it is; its output goes to outputs/quickstart/<step>.log. A
+finished step leaves a fingerprint of its inputs, and is not run again while they are the same.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -78,7 +78,7 @@ def parse_bar(text: str) -> Progress | None:
         done=match["done"],
         total=match["total"] or "",
         unit="" if unit == "it" else unit,
-        label=(match["label"] or "").strip(),
+        label=(match["label"] or "").strip(" :"),
         facts=(match["facts"] or "").strip(),
         left="" if "?" in left or fraction == 1.0 else left.removeprefix("0"),
         fraction=fraction,
@@ -153,7 +153,8 @@ class Output:
         self._row = ""
         self._redraws = False  # the next text takes the place of the row
         self._held = ""  # a bar's state that is not in the file yet
-        self._written = ("", -FILE_SECONDS)  # the last bar in the file, and when
+        self._written: Progress | None = None  # the last state in the file
+        self._written_time = -FILE_SECONDS
         self._lock = threading.Lock()
         self._closed = False
 
@@ -195,8 +196,7 @@ class Output:
         progress = parse_bar(text)
         if progress is not None:
             self._held = text
-            last, when = self._written
-            if text != last and (progress.fraction == 1.0 or self.clock() - when >= FILE_SECONDS):
+            if progress.fraction == 1.0 or self.clock() - self._written_time >= FILE_SECONDS:
                 self._write_held()
         elif newline or text:
             self._write_held()
@@ -207,9 +207,10 @@ class Output:
                     self.bar = None
 
     def _write_held(self) -> None:
-        if self._held and self._held != self._written[0]:
+        progress = parse_bar(self._held)
+        if progress is not None and progress != self._written:
             self.file.write(self._held + "\n")
-            self._written = (self._held, self.clock())
+            self._written, self._written_time = progress, self.clock()
         self._held = ""
 
 
@@ -268,25 +269,57 @@ def run(
         file.write(f"$ {shlex.join(command)}\n")
         output = Output(file)
         follower = Follower(output, trainer_log)
-        with _signals_interrupt():
+        with _Interrupts() as interrupts:
             # A group of its own: it and its children can be stopped together, and Ctrl-C reaches them once.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
                 process_group=0,
             )  # fmt: skip
             reader = threading.Thread(target=_read, args=(process.stdout, output), daemon=True)
+            reader.start()
             try:
-                reader.start()
-                while True:
-                    with suppress(subprocess.TimeoutExpired):
-                        return process.wait(POLL_SECONDS)
-                    show(follower)
+                return _watch(process, interrupts, lambda: show(follower))
             except BaseException:
-                _stop(process)
+                _stop(process, interrupts)
                 raise
             finally:
                 reader.join(STOP_SECONDS / 2)  # whoever still holds the pipe is no longer listened to
                 output.close()
+
+
+class _Interrupts:
+    """Counts SIGINT, SIGTERM and SIGHUP in the block, where that is possible (the main thread).
+
+    They raise nothing: an exception in the middle of Popen.wait would leave its lock taken.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.count += 1
+
+
+def _watch(process: subprocess.Popen, interrupts: _Interrupts, show: Callable[[], None]) -> int:
+    code = None
+    while code is None and not interrupts.count:
+        show()
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(POLL_SECONDS)
+    if interrupts.count:
+        raise KeyboardInterrupt
+    return code
 
 
 def _read(pipe: IO[bytes], output: Output) -> None:
@@ -295,36 +328,18 @@ def _read(pipe: IO[bytes], output: Output) -> None:
         output.feed(decoder.decode(block))
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen, interrupts: _Interrupts) -> None:
     """Ends a command and whatever of its group is left: asks first, kills after 10 s or at a second Ctrl-C."""
-    try:
-        for request in (signal.SIGINT, signal.SIGTERM):
-            if process.poll() is None:
-                os.killpg(process.pid, request)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP_SECONDS / 2)
-    finally:
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt in the block, where that is possible (the main thread)."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            os.killpg(process.pid, request)
+        asked = time.monotonic()
+        while process.poll() is None and time.monotonic() - asked < STOP_SECONDS / 2 and interrupts.count < 2:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            break
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def bar(total: float | None, what: str, unit: str = "it", **more) -> tqdm:
@@ -351,9 +366,9 @@ class _LineBar(tqdm):
         return write
 
     def close(self) -> None:
-        if not self.disable and self.leave:
-            self.leave = False  # its last state is a line already, and needs no line end
+        if not self.disable and self.sp is not None:
             self.refresh()
+            self.sp = None  # tells tqdm that nothing is to be cleared or ended
         super().close()
 
 

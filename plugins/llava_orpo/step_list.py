@@ -54,7 +54,7 @@ class LogSteps:
         """How far the running command is (see `run`)."""
         if follower.seconds >= self._next:
             self._next = follower.seconds + LOG_SECONDS
-            self._print(f"  {follower.seconds:.0f} s  {follower.progress or follower.line or 'no output yet'}")
+            self._print(f"  {follower.seconds:.0f} s  {_state(follower)}")
 
     def end(self, seconds: float, result: str, reused: bool = False) -> None:
         """The running step is done."""
@@ -139,14 +139,19 @@ class LiveSteps(LogSteps):
         line.add_column(width=1)
         if progress is None or progress.fraction is None:
             line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-            line.add_row("", Text(str(progress) if progress else follower.line or "starts ...", "cyan"))
+            line.add_row("", Text(_state(follower), "cyan" if progress else "dim"))
             return [command, line]
         about = ", ".join(part for part in (progress.count, progress.facts) if part)
         for more in ({"max_width": 24}, {"ratio": 1}, {}, {"justify": "right"}):
             line.add_column(no_wrap=True, overflow="ellipsis", **more)
         done = ProgressBar(total=1.0, completed=progress.fraction)
-        line.add_row("", Text(progress.label, "cyan"), done, about, progress.left and f"{progress.left} left")
+        left = progress.left and f"{progress.left} left"
+        line.add_row("", Text(progress.label, "cyan"), done, Text(about), left)
         return [command, line]
+
+
+def _state(follower: Follower) -> str:
+    return str(follower.progress or (f"newest output: {follower.line}" if follower.line else "starts ..."))
 
 
 def step_list(titles: Sequence[str]) -> LogSteps:
