@@ -140,10 +140,11 @@ def main() -> int:
 def print_summary(seconds: float) -> None:
     """Writes summary.json and prints what came of it all."""
     before, after = accuracies(BEFORE), accuracies(ADAPTER)
+    grey = after["grounding"]["grey"]["preference_accuracy"]
     summary = {
         "accuracy_before": before["metrics"]["preference_accuracy"],
         "accuracy_after": after["metrics"]["preference_accuracy"],
-        "accuracy_after_grey_image": after["grounding"]["grey"]["preference_accuracy"],
+        "accuracy_after_grey_image": grey,
         "n_pairs": after["metrics"]["n"],
         "merged_dir": str(ROOT / MERGED),
         "adapter_dir": str(ROOT / ADAPTER),
@@ -152,16 +153,16 @@ def print_summary(seconds: float) -> None:
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     answer = json.loads((OUT / "answer.json").read_text())
     print(f"""
-Held-out preference accuracy, {summary['n_pairs']} pairs on images never trained on
+Held-out preference accuracy, {summary["n_pairs"]} pairs on images never trained on
   before ORPO             {percent(before)}
   after ORPO              {percent(after)}
-  after, every image grey {after['grounding']['grey']['preference_accuracy']:6.1%}   (near 50 %: the preference comes from the image)
+  after, every image grey {grey:6.1%}   (near 50 %: the preference comes from the image)
 
 The merged model, loaded by plain transformers:
-  Q: {answer['question']}
-  A: {answer['answer']}    (chosen: {answer['chosen']})
+  Q: {answer["question"]}
+  A: {answer["answer"]}    (chosen: {answer["chosen"]})
 
-Made in {summary['seconds']:.0f} s:
+Made in {summary["seconds"]:.0f} s:
   {MODEL}                   the tiny base model
   {DATA}                    demo_train, demo_dev and demo_heldout.parquet
   {ADAPTER}              the adapter, curves, preference_eval.json, preference_pairs.jsonl

@@ -16,7 +16,7 @@ requirements=$1
 pins=$(cat requirements.txt requirements/* pyproject.toml)
 stamp="$VENV/.installed-$(sha256sum <<<"$pins" | cut -c1-16)-$(basename "$requirements")"
 if [ ! -e "$stamp" ]; then
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    [ -x "$VENV/bin/python" ] || { echo "Making $VENV ..." && "$PYTHON" -m venv "$VENV"; }
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
     uv_install "Installing into $VENV (several GB on a first run)" "$VENV/bin/uv" "$VENV/bin/python" -r "$requirements"
     touch "$stamp"

@@ -83,5 +83,6 @@ def test_a_step_is_run_once(quickstart, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["orpo_qlora", "merge", "chat"])
 def test_tiny_recipes_have_the_keys_of_the_real_ones(name):
-    real, tiny = (yaml.safe_load((ROOT / f"recipes/{folder}llava16_{name}.yaml").read_text()) for folder in ("", "tiny/"))
+    files = (ROOT / f"recipes/{folder}llava16_{name}.yaml" for folder in ("", "tiny/"))
+    real, tiny = (yaml.safe_load(file.read_text()) for file in files)
     assert set(real) == set(tiny)

@@ -123,7 +123,7 @@ class LiveSteps(LogSteps):
         line.add_column(width=1, style="green" if step.state == "done" else style)
         line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         line.add_column(justify="right", no_wrap=True, style="dim")
-        line.add_row(marks[step.state], Text(step.title, style), " ".join(filter(None, (step.note, seconds))))
+        line.add_row(marks[step.state], Text(step.title, style), ", ".join(filter(None, (step.note, seconds))))
         return line
 
     def _details(self, step: Step, follower: Follower) -> list:
