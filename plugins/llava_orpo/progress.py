@@ -104,7 +104,7 @@ def parse_trainer_log(line: str) -> Progress | None:
         unit="step",
         label="training",
         facts=f"loss={loss:.4g}" if isinstance(loss, (int, float)) else "",
-        left=str(entry.get("remaining_time") or "").removeprefix("0:").removeprefix("0"),
+        left=str(entry.get("remaining_time") or "").removeprefix("0:").removeprefix("0") if done < total else "",
         fraction=min(1.0, done / total) if total else 1.0,
     )
 
