@@ -7,11 +7,16 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/progress.sh
 VENV=${VENV:-.venv-ms-swift}
 UV=${UV:-$(command -v uv || true)}
-[ -n "$UV" ] || { echo "uv was not found: activate the project's environment (scripts/setup.sh installs uv) or set UV." >&2; exit 1; }
+[ -n "$UV" ] || {
+    echo "uv was not found: activate the project's environment (scripts/setup.sh installs uv) or set UV." >&2
+    exit 1
+}
 
 "$UV" venv --quiet --allow-existing --python 3.11 "$VENV"
-"$UV" pip install --quiet --python "$VENV/bin/python" \
+uv_install "Installing ms-swift into $VENV" "$UV" "$VENV/bin/python" \
     ms-swift==4.6.0 torch==2.11.0 torchvision==0.26.0 transformers==5.5.4 peft==0.18.1 trl==0.24.0
-"$VENV/bin/python" -c 'import swift, torch, transformers; print("ms-swift", swift.__version__, "torch", torch.__version__, "transformers", transformers.__version__)'
+"$VENV/bin/python" -c 'import swift, torch, transformers as t
+print("ms-swift", swift.__version__, "torch", torch.__version__, "transformers", t.__version__)'

@@ -2,7 +2,7 @@
 # scripts/quantize.py in its own environment, .venv-quantize (5 GB, made on the first call):
 #   bash scripts/quantize.sh --model outputs/tiny/merged --method gptq --data demo_train --out outputs/tiny/gptq
 VENV=${QUANTIZE_VENV:-.venv-quantize}
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-quantize.txt
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements/quantize.txt
 
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 # The package is not installed there, because llamafactory is not.

@@ -1,8 +1,10 @@
-# Sourced by quickstart.sh and test.sh: makes or reuses .venv with the pinned packages ($1: the requirements file).
-# Needs Python 3.11+ and git on the machine, nothing else. Reuses the environment while the pins stay the same.
+# Sourced by quickstart.sh, test.sh, quantize.sh and benchmarks.sh: makes or reuses .venv with the pinned packages
+# ($1: the requirements file). Needs Python 3.11+ and git on the machine, nothing else. Reuses the environment while the
+# pins stay the same.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/progress.sh
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 requirements=$1
@@ -11,13 +13,12 @@ requirements=$1
     echo "Python 3.11 or newer is needed; found $("$PYTHON" --version 2>&1). Set PYTHON=/path/to/python3.11." >&2
     exit 1
 }
-pins=$(cat requirements*.txt requirements*.lock pyproject.toml; cat "$requirements" "${requirements%.txt}.lock" 2>/dev/null || true)
+pins=$(cat requirements.txt requirements/* pyproject.toml)
 stamp="$VENV/.installed-$(sha256sum <<<"$pins" | cut -c1-16)-$(basename "$requirements")"
 if [ ! -e "$stamp" ]; then
-    echo "Installing into $VENV (several GB on a first run) ..."
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    [ -x "$VENV/bin/python" ] || { echo "Making $VENV ..." && "$PYTHON" -m venv "$VENV"; }
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
-    "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" -r "$requirements"
+    uv_install "Installing into $VENV (several GB on a first run)" "$VENV/bin/uv" "$VENV/bin/python" -r "$requirements"
     touch "$stamp"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"

@@ -156,13 +156,14 @@ def evaluate(hashes: str, broken: str, conditions=CONDITIONS, batch_size: int = 
         condition: scoring.merge([scoring.score(score_batch, whole, range(len(whole)), collate, batch_size, condition)])
         for condition in conditions
     }
-    return writing.Evaluation.of(merged, beta=0.1, min_subset=1)
+    return writing.Evaluation.of(whole, merged, beta=0.1, min_subset=1)
 
 
 def test_grounding_covers_every_pair_when_every_image_is_whole():
     evaluation = evaluate("ABCDE", broken="")
     assert [evaluation.grounding[condition]["n"] for condition in CONDITIONS] == [5, 5, 5]
     assert evaluation.grounding["true_minus_other"]["n"] == 5 and evaluation.unusable == []
+    assert evaluation.name == "d"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_an_evaluation_without_any_score_says_why():
     with pytest.raises(UserError, match="could be scored: 0.jpg is broken"):
         evaluate("AB", broken="AB", conditions=("true",))
     with pytest.raises(UserError, match="could be scored: the evaluation set is empty"):
-        writing.Evaluation.of({"true": ([], [])}, beta=0.1, min_subset=1)
+        writing.Evaluation.of(rows("A").select([]), {"true": ([], [])}, beta=0.1, min_subset=1)
 
 
 def test_batches_change_no_score():
