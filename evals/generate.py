@@ -243,7 +243,7 @@ def prompt_ids(conversation: Conversation, tokenizer, row: dict[str, Any]) -> li
     A row's prompt_ids are that, unless the end of the prompt and the start of an answer made one token
     (`Conversation.encode_pairs`); then the prompt is encoded again without an answer.
     """
-    has_image, decoded = row["image"] is not None, tokenizer.decode(row["prompt_ids"])
+    has_image, decoded = row["image"] is not None, conversation.decode_prompt(tokenizer, row["prompt_ids"])
     if decoded.endswith(conversation.user[1] + conversation.generation):
         return row["prompt_ids"]
     return conversation.encode_prompt(tokenizer, question_of(conversation, decoded, has_image), has_image)
@@ -276,8 +276,8 @@ def prompt_seed(row: dict[str, Any], seed: int) -> int:
 
 def describe(session: Session, position: int, record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A line of generations.jsonl without answers; the image's original bytes go to images/<hash>.<ext>."""
-    row, tokenizer = session.rows[position], session.tokenizer
-    prompt = tokenizer.decode(prompt_ids(session.template.conversation, tokenizer, row))
+    row, tokenizer, conversation = session.rows[position], session.tokenizer, session.template.conversation
+    prompt = conversation.decode_prompt(tokenizer, prompt_ids(conversation, tokenizer, row))
     image = None
     if row["image"] is not None:
         data = image_store.read_bytes(row["image"])
@@ -294,7 +294,7 @@ def describe(session: Session, position: int, record: dict[str, Any], folder: Pa
         "dataset": row["dataset"],
         "subset": f"{row['source']}/{row['question_type']}",
         "image": image,
-        "question": question_of(session.template.conversation, prompt, image is not None),
+        "question": question_of(conversation, prompt, image is not None),
         **texts,
         "answers": {},
     }

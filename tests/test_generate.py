@@ -181,6 +181,7 @@ def test_spread_of_max_prompts():
 @pytest.mark.parametrize(
     ("name", "tokenizer"),
     [("llava_v16_mistral", mistral_v1), ("llava_v16_vicuna", mistral_v1), ("llava_v16_34b", chatml)]
+    + [("llava_v16_mistral", lambda: mistral_v1("first")), ("llava_v16_34b", lambda: chatml("first"))]
     + [(name, joining_bpe) for name in CONVERSATIONS],
 )
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_prompts_are_those_of_training(name, tokenizer, question, answer):
         row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair), image="x" if has_image else None)
         ids = generate.prompt_ids(conversation, tokenizer, row)
         assert ids == conversation.encode_prompt(tokenizer, question, has_image)
-        assert generate.question_of(conversation, tokenizer.decode(ids), has_image) == question
+        assert generate.question_of(conversation, conversation.decode_prompt(tokenizer, ids), has_image) == question
 
 
 def test_samples_follow_the_distribution():

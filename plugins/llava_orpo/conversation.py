@@ -81,6 +81,24 @@ class Conversation:
         private = _private_copy(self, tokenizer, len(tokenizer))
         return private.whole.encode(private.conversation.render_prompt(question, has_image, system, history)).ids
 
+    def decode_prompt(self, tokenizer, prompt_ids: Sequence[int]) -> str:
+        """The text that `encode_prompt`'s ids were made from, special tokens and BOS written out.
+
+        A legacy tokenizer puts a word-start mark behind every special token, and decoding makes a space of it that
+        no text had ("<image> \\n"). Decoding what stands between the special tokens by itself drops the mark, as the
+        tokenizer drops it at the start of a text. Every LLaVA-1.6 checkpoint's tokenizer is a legacy one.
+        """
+        marked = tokenizer.tokenize(self.special_tokens[0] + "a")[1].startswith("▁")
+        if not marked:
+            return tokenizer.decode(prompt_ids)
+        special, text, start = set(tokenizer.added_tokens_decoder), "", 0
+        for end, number in enumerate([*prompt_ids, None]):
+            if number is None or number in special:
+                text += tokenizer.decode(prompt_ids[start:end])
+                text += "" if number is None else tokenizer.convert_ids_to_tokens(number)
+                start = end + 1
+        return text
+
     def encode_pairs(
         self,
         tokenizer,
