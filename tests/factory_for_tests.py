@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ SIZES = {"mixed": [(640, 480), (300, 900), (900, 300), (336, 336)], "small": [(3
 def random_model(name: str = "small56") -> Path:
     """A random LLaVA-NeXT made once for all test processes: `small56` (56-pixel tiles) or a named geometry."""
     geometry = SMALL if name == "small56" else make_random_llava.GEOMETRIES[name]
-    out = CACHE / name
+    code = hashlib.sha256()  # a folder that other code made, of another tokenizer for example, is not taken
+    for script in ("make_random_llava.py", "llava_tokenizer.py"):
+        code.update((ROOT / "scripts" / script).read_bytes())
+    out = CACHE / f"{name}-{code.hexdigest()[:8]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f"{name}.lock"):
         if not (out / "complete").exists():

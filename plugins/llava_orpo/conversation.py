@@ -86,7 +86,7 @@ class Conversation:
 
         A legacy tokenizer puts a word-start mark behind every special token, and decoding makes a space of it that
         no text had ("<image> \\n"). Decoding what stands between the special tokens by itself drops the mark, as the
-        tokenizer drops it at the start of a text. Every LLaVA-1.6 checkpoint's tokenizer is a legacy one.
+        tokenizer drops it at the start of a text. The published checkpoints' tokenizers are of this kind.
         """
         marked = tokenizer.tokenize(self.special_tokens[0] + "a")[1].startswith("▁")
         if not marked:
