@@ -313,8 +313,8 @@ def tokenizer(untrained):
 @example("  two  spaces\n")
 @example("a ▁ b")
 def test_tokenizer_round_trip(tokenizer, text):
-    """The ▁ in front of every text is what decoding takes away, so the text's own first space stays. The one character
-    that cannot come back is a ▁ of the text itself: pieces write spaces so."""
+    """Decoding takes away the ▁ in front of every text, so the text's own first space stays. The one character that
+    cannot come back is a ▁ of the text itself: pieces write spaces so."""
     special = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
     if any(s in text for s in special):
         return
