@@ -147,9 +147,9 @@ TEXT = st.text() | st.lists(PARTS).map("".join)
 
 @pytest.mark.parametrize("legacy", [True, False, None])
 def test_tokenizer_is_of_the_published_kind_whatever_the_original_says(original, copy, legacy):
-    """Vicuna's tokenizer_config.json says `legacy: false`, yet LLaVA trains on a mark after <image>. So have the ids that
-    transformers records of a published checkpoint with Vicuna's tokenizer, llava-hf/llava-1.5-7b-hf, a mark on either
-    side: 29901, 29871, 32000, 29871, 13 for ": <image>\\n" (its tests/models/llava/test_processor_llava.py)."""
+    """Vicuna's tokenizer_config.json says `legacy: false`, yet LLaVA trains on a mark after <image>. The ids that
+    transformers records of llava-hf/llava-1.5-7b-hf, which has Vicuna's tokenizer, have a mark on either side too:
+    29901, 29871, 32000, 29871, 13 for ": <image>\\n" (its tests/models/llava/test_processor_llava.py)."""
     settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"legacy": legacy}
     if legacy is None:
         del settings["legacy"]

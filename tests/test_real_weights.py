@@ -132,4 +132,5 @@ def test_text(name, model, processor, inputs):
     assert text.startswith(prompt + CERTAIN[name])
     if text != record.text:
         same, all_of_it = (len(t) - len(prompt) for t in (os.path.commonprefix([text, record.text]), record.text))
-        warnings.warn(f"{name}: only the first {same} of the recorded answer's {all_of_it} characters came out equal")
+        told = f"{name}: only the first {same} of the recorded answer's {all_of_it} characters came out equal"
+        warnings.warn(told, stacklevel=2)
