@@ -117,7 +117,7 @@ def run_steps(steps: Steps) -> None:
     steps.run("export", f"{cli} export recipes/tiny/llava16_merge.yaml", f"{MERGED}/config.json")
     ask = f"{py} scripts/ask.py {MERGED} --row 0 --data {heldout} --out {answer}"
     steps.run("answer", ask, str(answer))
-    steps.run("report", f"{py} evals/report.py {ADAPTER} --baseline {BEFORE} --out {report}", str(report))
+    steps.run("report", f"{py} evals/report.py {ADAPTER} baseline={BEFORE} out={report}", str(report))
 
 
 def main() -> int:

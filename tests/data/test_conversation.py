@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import jinja2
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-from helpers.tokenizers import chatml, joining_bpe, mistral_v1
+from helpers.tokenizers import KINDS, SENTENCEPIECE, chatml, decode_prompt, joining_bpe, mistral_v1
 from llava_orpo.data.anyres import AnyresGeometry
 from llava_orpo.data.conversation import CONVERSATIONS, expand_image_token
 from llava_orpo.data.private_tokenizer import private_tokenizer
@@ -66,10 +68,11 @@ LITERAL_TEXT = st.lists(st.sampled_from(LITERALS + PARTS), max_size=6).map("".jo
 
 
 def cases():
-    for conversation in (MISTRAL, VICUNA):
-        yield pytest.param(conversation, mistral_v1, id=conversation.name)
-    yield pytest.param(MISTRAL, lambda: mistral_v1(legacy=True), id="llava_v16_mistral-legacy")
-    yield pytest.param(CHATML, chatml, id="llava_v16_34b")
+    for kind in KINDS:
+        yield pytest.param(MISTRAL, functools.partial(mistral_v1, kind), id=f"{MISTRAL.name}-{kind}")
+    yield pytest.param(VICUNA, mistral_v1, id=VICUNA.name)
+    for kind in ("published", "first"):
+        yield pytest.param(CHATML, functools.partial(chatml, kind), id=f"{CHATML.name}-{kind}")
     for conversation in CONVERSATIONS.values():
         yield pytest.param(conversation, joining_bpe, id=f"{conversation.name}-joining")
 
@@ -111,7 +114,8 @@ def test_known_ids():
     [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(
         mistral_v1(), ["What is this?"], ["The cat sat."], [""], [True]
     )
-    assert prompt == [1, 733, 16289, 28793, 28705, 32000, 13, 3195, 349, 456, 28804, 733, 28748, 16289, 28793]
+    image = [28705, 32000, 28705]  # a legacy tokenizer's word-start mark is before the newline too
+    assert prompt == [1, 733, 16289, 28793, *image, 13, 3195, 349, 456, 28804, 733, 28748, 16289, 28793]
     assert chosen == [415, 5255, 2495, 28723, 2]
     assert rejected == [28705, 2]
     assert prompt == MISTRAL.encode_prompt(mistral_v1(), "What is this?", True)
@@ -123,6 +127,8 @@ def test_known_ids():
 @example("", "", "", True)
 @example("What is this?", "\n\nThe", "The", True)
 @example("  a\n", "\n", " T", False)
+@example(" a", " ", "\n ", True)
+@example("\n", "▁", "", True)
 def test_ids_equal_the_tokenizer_on_the_whole_string(
     conversation, tokenizer, question, chosen, rejected, image
 ):
@@ -163,8 +169,9 @@ def begins_apart(conversation, tokenizer, answer):
 
 def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():
     for conversation in (MISTRAL, VICUNA):  # the published checkpoints' pieces
-        assert begins_apart(conversation, mistral_v1(), "The")
-        assert begins_apart(conversation, mistral_v1(legacy=True), "")
+        for kind in KINDS:
+            assert begins_apart(conversation, mistral_v1(kind), "The")
+            assert begins_apart(conversation, mistral_v1(kind), "")
         assert not begins_apart(conversation, joining_bpe(), "The")
     assert begins_apart(CHATML, joining_bpe(), "The") and not begins_apart(CHATML, joining_bpe(), "\nThe")
     assert not begins_apart(CHATML, chatml(), "The")  # its newline is a byte: the vocabulary does not tell
@@ -188,14 +195,14 @@ def test_special_token_literals_stay_text(conversation, tokenizer, question, cho
         assert [i for i in full if i in control] == [i for i in empty if i in control]
     for answer, response in zip((chosen, rejected), responses, strict=True):
         text = conversation.render_prompt(question, True) + conversation.render_response(answer)
-        decoded = tokenizer.decode(prompt + response, skip_special_tokens=False)
-        if not tokenizer.legacy:  # a legacy tokenizer's extra word-start marks do not survive decoding
-            assert decoded.removeprefix("<s>").lstrip(" ▁") == text.replace("▁", " ").lstrip()
+        decoded = decode_prompt(conversation, tokenizer, prompt + response)
+        assert decoded.removeprefix("<s>").lstrip(" ▁") == text.replace("▁", " ").lstrip()
     assert prompt == conversation.encode_prompt(tokenizer, question, True) or tokenizer is joining_bpe()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(640, 480), (1, 50)])
-def test_ids_equal_the_processor_with_a_real_image(size):
+def test_ids_equal_the_processor_with_a_real_image(size, kind):
     geometry = AnyresGeometry(56, 14, ((56, 112), (112, 56), (112, 112)))
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": 56},
@@ -203,11 +210,11 @@ def test_ids_equal_the_processor_with_a_real_image(size):
         image_grid_pinpoints=[list(p) for p in geometry.grid_pinpoints],
     )
     processor = LlavaNextProcessor(
-        image_processor, mistral_v1(), 14, "default", num_additional_image_tokens=1
+        image_processor, mistral_v1(kind), 14, "default", num_additional_image_tokens=1
     )
     text = MISTRAL.render_prompt("What is this?", True) + MISTRAL.render_response("A cat.")
     inputs = processor(images=Image.new("RGB", size), text=text)
-    [(prompt, chosen, _)] = MISTRAL.encode_pairs(mistral_v1(), ["What is this?"], ["A cat."], ["x"], [True])
+    [(prompt, chosen, _)] = MISTRAL.encode_pairs(mistral_v1(kind), ["What is this?"], ["A cat."], ["x"], [True])
     expanded = expand_image_token(prompt, 32000, geometry.num_image_tokens(*size))
     assert inputs["input_ids"] == [expanded + chosen]
 
@@ -250,11 +257,12 @@ def test_expand_image_token():
             expand_image_token(ids, 9, 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("turns", [[("Hi?", "Yes.")], [("a b", "c d"), (" <image> e", "f\n"), ("g", "")]])
-def test_turns_join_to_the_whole_conversation(name, turns):
+def test_turns_join_to_the_whole_conversation(name, turns, kind):
     conversation = CONVERSATIONS[name]
-    tokenizer = chatml() if name.endswith("34b") else mistral_v1()
+    tokenizer = chatml(kind) if name.endswith("34b") else mistral_v1(kind)
     encoded = conversation.encode_turns(tokenizer, turns, has_image=True)
     joined = [i for prompt, response in encoded for i in prompt + response]
     prompt = conversation.encode_prompt(tokenizer, turns[-1][0], True, history=turns[:-1])
@@ -262,3 +270,44 @@ def test_turns_join_to_the_whole_conversation(name, turns):
     assert len(encoded) == len(turns) and joined.count(32000) == 1 and encoded[0][0].count(32000) == 1
     for (_, answer), (_, response) in zip(turns, encoded):
         assert tokenizer.decode(response, skip_special_tokens=True).strip() == answer.strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), image=st.booleans())
+@example([("", ""), (" a", " "), ("\n", "\n")], True)
+def test_turns_are_the_tokenizer_s_own_ids_cut_at_the_answers(kind, turns, image):
+    if has_literal(*(text for turn in turns for text in turn)):
+        return
+    tokenizer = mistral_v1(kind)
+    encoded = MISTRAL.encode_turns(tokenizer, turns, image)
+    question, answer = turns[-1]
+    text = MISTRAL.render_prompt(question, image, None, turns[:-1]) + MISTRAL.render_response(answer)
+    assert [i for prompt, response in encoded for i in prompt + response] == tokenizer(text).input_ids
+    for number, (_, response) in enumerate(encoded):
+        alone = MISTRAL.encode_pairs(tokenizer, *zip((*turns[number], "x", False), strict=True))[0][1]
+        assert response == alone  # no special token before an answer: nothing depends on what came earlier
+
+
+PIECES = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE))
+
+
+@settings(max_examples=80, deadline=None)
+@given(question=TEXT, answer=TEXT)
+@example("What is this?", " two  spaces\n")
+@example(" ", "")
+def test_published_kind_gives_sentencepiece_s_ids_around_each_special_token(question, answer):
+    """LLaVA encodes what stands before and after <image> each by itself: an implementation that is not tokenizers'."""
+    if has_literal(question, answer):
+        return
+    [(prompt, response, _)] = MISTRAL.encode_pairs(mistral_v1(), [question], [answer], ["x"], [True])
+    after = f"\n{question} [/INST] {answer}"
+    assert prompt + response == [1, *PIECES.encode("[INST] "), 32000, *PIECES.encode(after), 2]
+
+
+def test_kinds_differ_where_they_should():
+    def ids(text):
+        return [mistral_v1(kind)(text, add_special_tokens=False).input_ids for kind in KINDS]
+
+    assert ids("a<image>\n") == [[264, 32000, 28705, 13], [264, 32000, 28705, 13], [264, 32000, 13]]
+    assert ids("a</s> a") == [[264, 2, 28705, 264], [264, 2, 264], [264, 2, 264]]

@@ -79,7 +79,7 @@ def test_metrics_and_table(capsys):
 def test_without_lmms_eval_the_way_is_shown():
     if benchmarks.importlib.util.find_spec("lmms_eval"):
         pytest.skip("lmms-eval is in this environment")
-    with pytest.raises(SystemExit, match="bash scripts/benchmarks.sh r.yaml tasks=pope"):
+    with pytest.raises(UserError, match="bash scripts/benchmarks.sh r.yaml tasks=pope"):
         benchmarks.main(["r.yaml", "tasks=pope"])
 
 

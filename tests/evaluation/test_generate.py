@@ -15,9 +15,7 @@ from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers.recipes import other_model, photo_rows, random_model, write_recipe, write_rows
-from helpers.tokenizers import chatml, joining_bpe, mistral_v1
 from llava_orpo.data import images
-from llava_orpo.data.conversation import CONVERSATIONS
 from llava_orpo.evaluation import generation
 from llava_orpo.evaluation.sampling import SeededSampling
 
@@ -174,25 +172,6 @@ def test_spread_of_max_prompts():
     assert generation.unique_prompts(made, 4) == [0, 2, 5, 7]
     with pytest.raises(SystemExit, match="max_prompts=0"):
         generation.unique_prompts(made, 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "tokenizer"),
-    [("llava_v16_mistral", mistral_v1), ("llava_v16_vicuna", mistral_v1), ("llava_v16_34b", chatml)]
-    + [(name, joining_bpe) for name in CONVERSATIONS],
-)
-@pytest.mark.parametrize(
-    "question", ["What is it?", "  two\n\nlines </s> ", "<image> ASSISTANT: [/INST] ünï 🙂", ""]
-)
-@pytest.mark.parametrize("answer", ["The", "\n\nyes"])
-def test_prompts_are_those_of_training(name, tokenizer, question, answer):
-    conversation, tokenizer = CONVERSATIONS[name], tokenizer()
-    for has_image in (True, False):
-        (pair,) = conversation.encode_pairs(tokenizer, [question], [answer], [answer + " no"], [has_image])
-        row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair), image="x" if has_image else None)
-        ids = generation.prompt_ids(conversation, tokenizer, row)
-        assert ids == conversation.encode_prompt(tokenizer, question, has_image)
-        assert generation.question_of(conversation, tokenizer.decode(ids), has_image) == question
 
 
 def test_samples_follow_the_distribution():

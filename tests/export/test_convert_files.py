@@ -142,6 +142,31 @@ PARTS = st.sampled_from([" ", "  ", "\n", "[INST]", "<", "s>", "the", "▁", "é
 TEXT = st.text() | st.lists(PARTS).map("".join)
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_tokenizer_is_of_the_published_kind_whatever_the_original_says(original, copy, legacy):
+    """Vicuna's tokenizer_config.json says `legacy: false`, yet LLaVA trains on a mark after <image>. The ids that
+    transformers records of llava-hf/llava-1.5-7b-hf, which has Vicuna's tokenizer, have a mark on either side too:
+    29901, 29871, 32000, 29871, 13 for ": <image>\\n" (its tests/models/llava/test_processor_llava.py)."""
+    settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"legacy": legacy}
+    if legacy is None:
+        del settings["legacy"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    files = make_next_files(copy, published_original("vicuna-7b"), None)
+    assert json.loads(files["tokenizer_config.json"])["legacy"] is True
+    assert files["tokenizer.json"] == make_next_files(original, published_original("vicuna-7b"), None)["tokenizer.json"]
+    described = json.loads(files["tokenizer.json"])
+    assert described["pre_tokenizer"] is None
+    assert described["normalizer"] == {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    ids = Tokenizer.from_str(files["tokenizer.json"]).encode("USER: <image>\nWhat?").ids
+    assert ids == [1, *PIECES.encode("USER: "), 32000, *PIECES.encode("\nWhat?")] and ids.count(28705) == 2
+
+
 @given(TEXT, TEXT)
 @example("[INST] ", "\nWhat is this? [/INST]")
 @example("", "  two\n\nlines")

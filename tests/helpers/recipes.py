@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from helpers.paths import ROOT
+from llava_orpo.export import original_tokenizer
 from llava_orpo.tiny import photo_pairs
 from llava_orpo.tiny import random_model as random_llava
 
@@ -21,7 +23,10 @@ SIZES = {"mixed": [(640, 480), (300, 900), (900, 300), (336, 336)], "small": [(3
 def random_model(name: str = "small56") -> Path:
     """A random LLaVA-NeXT made once for all test processes: `small56` (56-pixel tiles) or a named geometry."""
     geometry = SMALL if name == "small56" else random_llava.GEOMETRIES[name]
-    out = CACHE / name
+    code = hashlib.sha256()  # a folder that other code made, of another tokenizer for example, is not taken
+    for module in (random_llava, original_tokenizer):
+        code.update(Path(module.__file__).read_bytes())
+    out = CACHE / f"{name}-{code.hexdigest()[:8]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f"{name}.lock"):
         if not (out / "complete").exists():

@@ -3,6 +3,8 @@
 mistral-common ships the SentencePiece model of Mistral-7B v0.1/v0.2 (`data/tokenizer.model.v1`, 32,000
 pieces). Each builder writes it beside a `tokenizer_config.json` as the LLaVA-1.6 checkpoints have one and
 loads the folder with AutoTokenizer, so the tests meet the same backend a user does.
+
+Three kinds differ in where they put a word-start mark: KINDS says which.
 """
 
 from __future__ import annotations
@@ -16,13 +18,25 @@ from pathlib import Path
 import mistral_common
 from transformers import AutoTokenizer, LlamaTokenizer
 
+from llava_orpo.export.original_tokenizer import tokenizer_json  # noqa: E402
+
+# published: as the published checkpoints' tokenizer.json (`legacy: true`): a mark before every text between special
+#     tokens.
+# remade: what transformers 5 makes of tokenizer.model with `legacy: true`: the same, but no mark before a text that
+#     starts with a space.
+# first: what it makes of `legacy: false`: a mark at the start of the whole text only.
+KINDS = ("published", "remade", "first")
 SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
 def write_tokenizer(
-    folder: str | Path, added: list[str], *, bos="<s>", eos="</s>", pad="<pad>", legacy=False
+    folder: str | Path, added: list[str], *, bos="<s>", eos="</s>", pad="<pad>", legacy=True, json_too=False
 ):
-    """Write a tokenizer folder: Mistral v1 pieces 0..31999, then `added` as special tokens from 32000 on."""
+    """Write a tokenizer folder: Mistral v1 pieces 0..31999, then `added` as special tokens from 32000 on.
+
+    With `json_too` there are a tokenizer.json, made as for a converted checkpoint, and a config.json that says
+    llava_next: transformers then takes the tokenizer from tokenizer.json alone.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(SENTENCEPIECE, folder / "tokenizer.model")
@@ -46,25 +60,29 @@ def write_tokenizer(
         "tokenizer_class": "LlamaTokenizer",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    if json_too:
+        (folder / "tokenizer.json").write_text(tokenizer_json(folder, config))
+        (folder / "config.json").write_text('{"model_type": "llava_next"}')
     return folder
 
 
-@functools.lru_cache
-def mistral_v1(legacy: bool = False):
-    """The tokenizer of llava-v1.6-mistral-7b: <image> is 32000, <pad> is 32001.
-
-    legacy=True puts the word-start mark after every special token, not only at the start of the text.
-    """
+def _load(added: list[str], kind: str, **tokens: str):
+    legacy, json_too = kind != "first", kind == "published"
     with tempfile.TemporaryDirectory() as folder:
-        return AutoTokenizer.from_pretrained(write_tokenizer(folder, ["<image>", "<pad>"], legacy=legacy))
+        write_tokenizer(folder, added, legacy=legacy, json_too=json_too, **tokens)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 @functools.lru_cache
-def chatml():
+def mistral_v1(kind: str = "published"):
+    """The tokenizer of llava-v1.6-mistral-7b: <image> is 32000, <pad> is 32001."""
+    return _load(["<image>", "<pad>"], kind)
+
+
+@functools.lru_cache
+def chatml(kind: str = "published"):
     """Same pieces with the control tokens of llava-v1.6-34b: <|im_end|> ends a turn and is the EOS token."""
-    added = ["<image>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        return AutoTokenizer.from_pretrained(write_tokenizer(folder, added, eos="<|im_end|>"))
+    return _load(["<image>", "<pad>", "<|im_start|>", "<|im_end|>"], kind, eos="<|im_end|>")
 
 
 @functools.lru_cache
@@ -102,3 +120,22 @@ def joining_bpe():
     merges = [(j[:i], j[i:]) for j in joins for i in range(1, len(j)) if j[:i] in vocab and j[i:] in vocab]
     extra = {"image_token": "<image>", "start_token": "<|im_start|>", "end_token": "<|im_end|>"}
     return LlamaTokenizer(vocab=vocab, merges=merges, pad_token="<pad>", extra_special_tokens=extra)
+
+
+def decode_prompt(conversation, tokenizer, prompt_ids) -> str:
+    """The text that `encode_prompt`'s ids were made from, special tokens and BOS written out.
+
+    A legacy tokenizer puts a word-start mark behind every special token, and decoding makes a space of it that
+    no text had ("<image> \\n"). Decoding what stands between the special tokens by itself drops the mark, as the
+    tokenizer drops it at the start of a text. The published checkpoints' tokenizers are of this kind.
+    """
+    marked = tokenizer.tokenize(conversation.special_tokens[0] + "a")[1].startswith("▁")
+    if not marked:
+        return tokenizer.decode(prompt_ids)
+    special, text, start = set(tokenizer.added_tokens_decoder), "", 0
+    for end, number in enumerate([*prompt_ids, None]):
+        if number is None or number in special:
+            text += tokenizer.decode(prompt_ids[start:end])
+            text += "" if number is None else tokenizer.convert_ids_to_tokens(number)
+            start = end + 1
+    return text

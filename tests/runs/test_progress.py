@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llava_orpo import progress, step_list
-from llava_orpo.progress import Follower, Output, Progress, parse_bar, parse_trainer_log
 from rich.console import Console
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
+from helpers.paths import ROOT
+from llava_orpo import progress, step_list
+from llava_orpo.progress import Follower, Output, Progress, parse_bar, parse_trainer_log
 
 # A child with a bar, words and a last line, as training has them.
 CHILD = """

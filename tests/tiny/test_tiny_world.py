@@ -17,7 +17,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -310,13 +310,18 @@ def tokenizer(untrained):
 
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",))))
+@example(" ")
+@example("  two  spaces\n")
+@example("a ▁ b")
 def test_tokenizer_round_trip(tokenizer, text):
+    """Decoding takes away the ▁ in front of every text, so the text's own first space stays. The one character that
+    cannot come back is a ▁ of the text itself: pieces write spaces so."""
     special = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
     if any(s in text for s in special):
         return
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer.decode(ids[1:]) == text.replace("▁", " ")
 
 
 def test_tokenizer_is_of_the_llama_kind(tokenizer):
@@ -328,10 +333,39 @@ def test_tokenizer_is_of_the_llama_kind(tokenizer):
     )
     at = pieces.index("<image>")
     assert pieces[0] == "<s>" and pieces[at - 1] == "▁"  # "[INST] " keeps its space as a piece of its own
-    assert pieces[at + 1] == "<0x0A>" and not pieces[at + 2].startswith(
-        "▁"
-    )  # nothing is put after a special token
+    assert pieces[at + 1 : at + 4] == ["▁", "<0x0A>", "What"]  # the mark of a legacy tokenizer, before the newline
     assert pieces[-5:] == ["]", "▁It", "▁is", ".", "</s>"]
+
+
+def test_tokenizer_is_read_back_as_it_was_made(tmp_path):
+    """From the model's folder, where config.json says llava_next, and as saved again from there, without that file."""
+    made, model, again = make_tiny_llava.make_tokenizer(7, turns=50), tmp_path / "model", tmp_path / "adapter"
+    make_tiny_llava.make_processor(made).save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "llava_next"}')
+    AutoProcessor.from_pretrained(model).save_pretrained(again)
+    texts = ["[INST] <image>\nWhat? [/INST] It is.</s> [INST] So? [/INST]", " a", "</s> </s>\n", "", "▁"]
+    want = made(texts)["input_ids"]
+    pieces = made.convert_ids_to_tokens(want[0])
+    assert pieces[pieces.index("</s>") :][:4] == ["</s>", "▁", "▁", "["]  # the mark and the text's own space
+    for folder in (model, again):
+        assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == want
+        assert AutoProcessor.from_pretrained(folder).tokenizer(texts)["input_ids"] == want
+        assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
+        described = json.loads((folder / "tokenizer.json").read_text())
+        assert described["pre_tokenizer"] is None
+        assert [part["type"] for part in described["normalizer"]["normalizers"]] == ["Prepend", "Replace"]
+
+
+def test_training_tokenizes_turns_as_the_processor_does(untrained):
+    """tokenize_turns leaves out the tokens that every prompt starts with, and nothing else."""
+    processor = AutoProcessor.from_pretrained(untrained)
+    turns = [("What is red?", "It is a star."), ("\n", " "), ("", "")]
+    start = processor.tokenizer("[INST] <image>\n")["input_ids"]
+    assert processor.tokenizer.convert_ids_to_tokens(start)[-3:] == ["<image>", "▁", "<0x0A>"]
+    for (question, answer), (ids, response) in zip(turns, training.tokenize_turns(processor, turns), strict=True):
+        prompt = f"[INST] <image>\n{question} [/INST]"
+        assert start + ids == processor.tokenizer(f"{prompt} {answer}</s>")["input_ids"]
+        assert start + ids[:-response] == processor.tokenizer(prompt)["input_ids"]
 
 
 def test_same_seed_same_weights_and_a_complete_folder_is_left_alone(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from ..checkpoint.files import CheckpointError, read_json
 
@@ -21,7 +21,8 @@ FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 def tokenizer_config(folder: Path, original: dict) -> tuple[dict, int]:
     """tokenizer_config.json with <image> as the first token after the vocabulary, and its id.
 
-    As the published checkpoints have it; the Mistral one gets <pad> too. Other settings stay the original's.
+    As the published checkpoints have it; the Mistral one gets <pad> too. Other settings stay the original's, but for
+    `legacy`, which says what `tokenizer_json` does.
     """
     if not (folder / TOKENIZER_MODEL).is_file():
         raise CheckpointError(f"{folder} has no tokenizer.model; give a llava-hf folder as --files-from.")
@@ -40,6 +41,7 @@ def tokenizer_config(folder: Path, original: dict) -> tuple[dict, int]:
     config |= {
         "extra_special_tokens": {"image_token": "<image>"},
         "image_token": "<image>",
+        "legacy": True,
         "processor_class": "LlavaNextProcessor",
         "tokenizer_class": "LlamaTokenizer",
     }
@@ -53,22 +55,17 @@ def _special(token: str) -> dict:
 def tokenizer_json(folder: Path, config: dict) -> str:
     """tokenizer.json for tokenizer.model and a tokenizer_config.json.
 
-    Gives SentencePiece's own ids. With `legacy` (LLaVA's setting) each text between special tokens is encoded
-    by itself, as LLaVA's tokenizer_image_token does around <image>; without it only the start of the whole
-    text gets the word-start mark. Raises CheckpointError if an added token cannot have the id
-    tokenizer_config.json says.
+    Gives SentencePiece's own ids. Each text between special tokens is encoded by itself, with a word-start mark in
+    front, as LLaVA's tokenizer_image_token does around <image> whatever the original's `legacy` says (Vicuna's says
+    false); the published tokenizer.json files do the same. Raises CheckpointError if an added token cannot have the
+    id tokenizer_config.json says.
     """
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / TOKENIZER_MODEL))
     vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     unknown = pieces.id_to_piece(pieces.unk_id())
     model = models.BPE(vocabulary, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    if config.get("legacy", True):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement="▁", prepend_scheme="first", split=False
-        )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

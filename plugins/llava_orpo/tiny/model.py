@@ -16,6 +16,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -56,7 +57,8 @@ CHAT_TEMPLATE = """\
 def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
     """Train a BPE tokenizer of the Llama kind: ▁ for spaces, byte fallback, BOS in front, no merge across words.
 
-    <image> and <pad> are special tokens behind the trained vocabulary, as in the published checkpoint.
+    As in the published checkpoint, <image> and <pad> are special tokens behind the trained vocabulary, and every text
+    between special tokens gets a ▁ in front (`legacy`), also the newline after <image>.
     """
     rng = random.Random(f"tokenizer/{seed}")
     corpus = ["[INST] [/INST]"]
@@ -82,10 +84,16 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
     tokenizer = LlamaTokenizer(
         vocab=learned["vocab"],
         merges=[tuple(m) for m in learned["merges"]],
-        legacy=False,
+        legacy=True,
         add_bos_token=True,
         padding_side="left",
     )
+    # LlamaTokenizer's own legacy setting leaves out the ▁ before a text that starts with a space; the published
+    # tokenizer.json does not. It is that file which transformers and vLLM read of a llava_next folder.
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    tokenizer.init_kwargs["legacy"] = True  # written to tokenizer_config.json, as published
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.model_max_length = 4096

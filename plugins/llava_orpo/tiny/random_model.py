@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..checkpoint.published import published_names
+from ..export.original_tokenizer import TOKENIZER_MODEL, tokenizer_json
 
 PATCH = 14
 CHAT_TEMPLATE = (
@@ -77,25 +78,23 @@ def config(geometry: Geometry) -> LlavaNextConfig:
 def tokenizer(folder: Path):
     """The real 32,000-piece Mistral v1 tokenizer with <image> = 32000 and <pad> = 32001, written as tokenizer.json.
 
-    transformers 5 loads a llava_next tokenizer from tokenizer.json alone; made from tokenizer.model it would lose the
-    leading-space rule. So the file is made by LlamaTokenizer, which knows the rule, in a folder without a config.
+    It is of the published checkpoint's kind (`legacy`): every text between special tokens gets a word-start mark, so
+    28705 stands before and after the image. transformers 5 loads a llava_next tokenizer from tokenizer.json alone;
+    what it would make of tokenizer.model has no such mark.
     """
     names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaNextProcessor", "legacy": False,
+        "tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaNextProcessor", "legacy": True,
         "added_tokens_decoder": {str(i): {"content": name, **flags} for i, name in names.items()},
         "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
         "padding_side": "left", "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     with tempfile.TemporaryDirectory() as plain:
-        shutil.copy(
-            Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1",
-            Path(plain) / "tokenizer.model",
-        )
-        shutil.copy(folder / "tokenizer_config.json", plain)
-        AutoTokenizer.from_pretrained(plain).backend_tokenizer.save(str(folder / "tokenizer.json"))
+        pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+        shutil.copy(pieces, Path(plain) / TOKENIZER_MODEL)
+        (folder / "tokenizer.json").write_text(tokenizer_json(Path(plain), settings), encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 

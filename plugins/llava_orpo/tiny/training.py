@@ -22,7 +22,8 @@ from . import world as demo_world
 
 COLOR_CLASSES = (*demo_world.BACKGROUNDS, *demo_world.COLORS)
 SHAPE_CLASSES = ("nothing", *demo_world.SHAPES)
-PROMPT = "[INST] <image>\n{question} [/INST]"
+PROMPT_START = "[INST] <image>\n"
+PROMPT = PROMPT_START + "{question} [/INST]"
 MIN_COVER = 0.2  # a patch belongs to the object that covers at least this part of it
 
 TRUTHFUL = 0.7  # share of the instruction phase before the false answers start
@@ -200,13 +201,14 @@ def tokenize_turns(
 
     Returns:
         For each turn the ids after the image's newline (question, response, </s>), and how many of them are response.
-        The ids before that, [BOS] "[INST] " <image> "\\n", are the same for every turn.
+        The ids before that, [BOS] "[INST] " <image> "\\n" with a word-start mark before either text, are the same for
+        every turn.
     """
     tokenizer = processor.tokenizer
     prompts = [PROMPT.format(question=question) for question, _ in turns]
     ends = tokenizer(prompts)["input_ids"]
     fulls = tokenizer([f"{p} {a}</s>" for p, (_, a) in zip(prompts, turns, strict=True)])["input_ids"]
-    start = ends[0].index(processor.image_token_id) + 2
+    start = len(tokenizer(PROMPT_START)["input_ids"])
     return [(full[start:], len(full) - len(end)) for full, end in zip(fulls, ends, strict=True)]
 
 
@@ -284,7 +286,7 @@ def train_instructions(
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     update = make_gentle_updater(trained) if habits else make_updater(trained, steps)
     truthful = 0.0 if habits else TRUTHFUL
-    start = processor.tokenizer("[INST] <image>\n")["input_ids"]
+    start = processor.tokenizer(PROMPT_START)["input_ids"]
     head, tail = (
         start[: start.index(processor.image_token_id)],
         start[start.index(processor.image_token_id) + 1 :],
