@@ -26,9 +26,15 @@ def build(side: str, args, folder: Path):
     """A trainer with the rows as its evaluation set."""
     keys = {"group_pairs_by_image": True} if side == "ours" and args.pairs_per_image > 1 else {}
     return setting.build(
-        side, args.geometry, folder, eval_dataset="rows", eval_strategy="epoch", disable_tqdm=True,
-        per_device_eval_batch_size=args.batch, **keys,
-    )  # fmt: skip
+        side,
+        args.geometry,
+        folder,
+        eval_dataset="rows",
+        eval_strategy="epoch",
+        disable_tqdm=True,
+        per_device_eval_batch_size=args.batch,
+        **keys,
+    )
 
 
 def write_rows(args, folder: Path) -> None:

@@ -171,9 +171,13 @@ def kept_bytes_per_token(tokens: int = 128, small: bool = False) -> float:
 
     hidden, inner, _, heads, kv_heads = (256, 896, 1, 2, 1) if small else REAL_7B.text
     config = MistralConfig(
-        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        sliding_window=None, attn_implementation="sdpa",
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        sliding_window=None,
+        attn_implementation="sdpa",
+    )
     layer = torch.nn.ModuleList([MistralDecoderLayer(config, 0)]).bfloat16()
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
@@ -225,13 +229,22 @@ def table_rows(kept: float) -> list[dict]:
             flops = step_flops(REAL_7B, work, checkpointing)["total"] / work.pairs
             parts = memory(work, checkpointing, kept)
             total = sum(parts.values())
-            row = {"side": work.side, "pairs_per_image": work.pairs, "checkpointing": checkpointing,
-                   "tflop_per_pair": flops / 1e12, "bytes": parts, "total_bytes": total, "gpus": {}}  # fmt: skip
+            row = {
+                "side": work.side,
+                "pairs_per_image": work.pairs,
+                "checkpointing": checkpointing,
+                "tflop_per_pair": flops / 1e12,
+                "bytes": parts,
+                "total_bytes": total,
+                "gpus": {},
+            }
             for name, (size, rate) in GPUS.items():
                 seconds = flops / (rate * MFU)
                 row["gpus"][name] = {
-                    "fits": total <= size, "seconds_per_pair": seconds, "hours_per_epoch": EPOCH * seconds / 3600
-                }  # fmt: skip
+                    "fits": total <= size,
+                    "seconds_per_pair": seconds,
+                    "hours_per_epoch": EPOCH * seconds / 3600,
+                }
             rows.append(row)
     return rows
 
@@ -241,16 +254,29 @@ def show(result: dict) -> str:
     names = {"stock": "LLaMA-Factory", "ours": "shared prefix"}
     lines = []
     for row in result["rows"]:
-        cells = [names[row["side"]], row["pairs_per_image"], "on" if row["checkpointing"] else "off",
-                 row["tflop_per_pair"], row["total_bytes"] / 1e9]  # fmt: skip
+        cells = [
+            names[row["side"]],
+            row["pairs_per_image"],
+            "on" if row["checkpointing"] else "off",
+            row["tflop_per_pair"],
+            row["total_bytes"] / 1e9,
+        ]
         for gpu in row["gpus"].values():
             cells.append(f"{gpu['hours_per_epoch']:.0f} h" if gpu["fits"] else "does not fit")
         lines.append(cells)
     head = ["computed, not run", "pairs/image", "checkpointing", "TFLOP/pair", "GB", *GPUS]
     notes = [f"- {key}: {text}" for key, text in result["assumptions"].items()]
     checks = ", ".join(f"{name}: {ratio:.3f}" for name, ratio in result["formula_over_counter"].items())
-    return "\n".join([measure.table(head, lines), "", f"Hours are for one epoch of {EPOCH:,} pairs. Assumptions:", "",
-                      *notes, f"- FLOP formula over torch's counter: {checks}"])  # fmt: skip
+    return "\n".join(
+        [
+            measure.table(head, lines),
+            "",
+            f"Hours are for one epoch of {EPOCH:,} pairs. Assumptions:",
+            "",
+            *notes,
+            f"- FLOP formula over torch's counter: {checks}",
+        ]
+    )
 
 
 def main() -> None:
@@ -262,8 +288,12 @@ def main() -> None:
     geometry = "smoke" if args.smoke else args.geometry
     checks = {**check(geometry, 1), **check(geometry, 4)}
     kept = kept_bytes_per_token(small=args.smoke)
-    result = {"assumptions": ASSUMPTIONS, "formula_over_counter": checks, "kept_bytes_per_token_and_layer": kept,
-              "rows": table_rows(kept)}  # fmt: skip
+    result = {
+        "assumptions": ASSUMPTIONS,
+        "formula_over_counter": checks,
+        "kept_bytes_per_token_and_layer": kept,
+        "rows": table_rows(kept),
+    }
     path = measure.save("extrapolation", result, args.out)
     print(f"{show(result)}\n{path}")
 

@@ -69,13 +69,33 @@ def step_table(results: list[dict]) -> str:
         stock, ours = (result["sides"][side] for side in orpo_step.SIDES)
         found = result["ratios"]
         rows.append(
-            [result["geometry"], result["pairs_per_image"], stock["seconds_per_step"], ours["seconds_per_step"],
-             f"{found['speed']:.2f}x", f"{found['memory']:.2f}x" if "memory" in found else "-",
-             f"{ours['share_of_gemm_rate']:.0%}", f"{found['flops']:.2f}", f"{found['flops_attention_and_head']:.2f}",
-             f"{found['flops_linear']:.2f}", f"{result['largest_relative_gradient_difference']:.0e}"]
-        )  # fmt: skip
-    head = ["model", "pairs/image", "LLaMA-Factory, s", "ours, s", "speed", "memory", "of GEMM rate", "FLOPs",
-            "attention + head", "linear layers", "gradient diff."]  # fmt: skip
+            [
+                result["geometry"],
+                result["pairs_per_image"],
+                stock["seconds_per_step"],
+                ours["seconds_per_step"],
+                f"{found['speed']:.2f}x",
+                f"{found['memory']:.2f}x" if "memory" in found else "-",
+                f"{ours['share_of_gemm_rate']:.0%}",
+                f"{found['flops']:.2f}",
+                f"{found['flops_attention_and_head']:.2f}",
+                f"{found['flops_linear']:.2f}",
+                f"{result['largest_relative_gradient_difference']:.0e}",
+            ]
+        )
+    head = [
+        "model",
+        "pairs/image",
+        "LLaMA-Factory, s",
+        "ours, s",
+        "speed",
+        "memory",
+        "of GEMM rate",
+        "FLOPs",
+        "attention + head",
+        "linear layers",
+        "gradient diff.",
+    ]
     return measure.table(head, rows)
 
 
@@ -88,7 +108,7 @@ def targets(results: list[dict]) -> str:
             continue
         share = result["sides"]["ours"]["share_of_gemm_rate"]
         found = (result["ratios"]["speed"], result["ratios"].get("memory"), share)
-        for name, wanted, value in zip(("speed", "memory", "share of GEMM rate"), asked, found):
+        for name, wanted, value in zip(("speed", "memory", "share of GEMM rate"), asked, found, strict=True):
             if wanted is not None and value is not None:
                 verdict = "met" if value >= wanted else f"missed by {1 - value / wanted:.1%}"
                 if name == "speed" and value < wanted:  # what equal efficiency on both sides gives

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def in_turn(sides: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, l
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, function in sides.items():
-            seconds[name].append(timed(lambda: function(repeat)))
+            seconds[name].append(timed(partial(function, repeat)))
     return seconds
 
 
@@ -150,7 +151,9 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table with padded columns: readable in a terminal and in the docs."""
     cells = [[_cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

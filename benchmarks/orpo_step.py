@@ -63,11 +63,11 @@ def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
     losses, found = {}, {}
     for side, trainer in trainers.items():  # the first pass warms up, counts FLOPs and gives the gradients
         share = 1 / len(micro[side])
-        flops = measure.count_flops(
-            lambda: losses.update(
-                {side: sum(share * setting.forward_backward(trainer, b, share) for b in micro[side])}
-            )
-        )
+
+        def one_pass(side=side, trainer=trainer, share=share):
+            losses[side] = sum(share * setting.forward_backward(trainer, batch, share) for batch in micro[side])
+
+        flops = measure.count_flops(one_pass)
         found[side] = setting.gradients(trainer)
         result["sides"][side] = {"flops": flops, "lm_tokens": lm_tokens(side, micro[side]), "loss": losses[side]}
     result["image_tokens"] = micro["ours"][0]["packed"].num_image_tokens

@@ -45,10 +45,18 @@ def write_rows(folder: Path, images: int) -> None:
 
 def factory_command(side: str, geometry: str, folder: Path, steps: int) -> list[str]:
     keys = setting.recipe(
-        geometry, folder, lora_target=LAYERS, freeze_multi_modal_projector=True, max_steps=steps, logging_steps=1,
-        save_strategy="no", learning_rate=1e-5, gradient_accumulation_steps=1, overwrite_output_dir=True,
+        geometry,
+        folder,
+        lora_target=LAYERS,
+        freeze_multi_modal_projector=True,
+        max_steps=steps,
+        logging_steps=1,
+        save_strategy="no",
+        learning_rate=1e-5,
+        gradient_accumulation_steps=1,
+        overwrite_output_dir=True,
         output_dir=str(folder / side),
-    )  # fmt: skip
+    )
     if side == "stock":
         keys = setting.without_plugin(keys)
     path = folder / f"{side}.yaml"
@@ -59,17 +67,40 @@ def factory_command(side: str, geometry: str, folder: Path, steps: int) -> list[
 def swift_command(geometry: str, folder: Path, steps: int, venv: Path) -> list[str]:
     rank = setting.lora_rank(setting.GEOMETRIES[geometry])
     options = {
-        "rlhf_type": "orpo", "model": setting.model_folder(geometry), "model_type": "llava1_6_mistral_hf",
-        "template": "llava1_6_mistral_hf", "tuner_type": "lora", "torch_dtype": "float32", "attn_impl": "sdpa",
-        "dataset": folder / "swift.jsonl", "split_dataset_ratio": 0, "max_length": 4096, "dataset_num_proc": 1,
-        "dataloader_num_workers": 0, "max_steps": steps, "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1, "gradient_checkpointing": "false", "vit_gradient_checkpointing": "false",
-        "beta": 0.1, "learning_rate": 1e-5, "lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0,
+        "rlhf_type": "orpo",
+        "model": setting.model_folder(geometry),
+        "model_type": "llava1_6_mistral_hf",
+        "template": "llava1_6_mistral_hf",
+        "tuner_type": "lora",
+        "torch_dtype": "float32",
+        "attn_impl": "sdpa",
+        "dataset": folder / "swift.jsonl",
+        "split_dataset_ratio": 0,
+        "max_length": 4096,
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "false",
+        "vit_gradient_checkpointing": "false",
+        "beta": 0.1,
+        "learning_rate": 1e-5,
+        "lora_rank": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0,
         "freeze_vit": "true",
-        "freeze_aligner": "true", "logging_steps": 1, "save_strategy": "no", "output_dir": folder / "swift",
-        "add_version": "false", "report_to": "none", "use_hf": "true", "use_cpu": "true", "bf16": "false",
+        "freeze_aligner": "true",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "output_dir": folder / "swift",
+        "add_version": "false",
+        "report_to": "none",
+        "use_hf": "true",
+        "use_cpu": "true",
+        "bf16": "false",
         "fp16": "false",
-    }  # fmt: skip
+    }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return [str(venv / "bin" / "swift"), "rlhf", *words, "--target_modules", *LAYERS.split(",")]
 
@@ -114,10 +145,15 @@ def ratios(sides: dict[str, dict]) -> dict[str, float]:
 def show(result: dict) -> str:
     """The table of a run."""
     rows = [
-        [NAMES[name], side["seconds_per_step"], side["peak_bytes"] / 1e9, side["whole_run_seconds"],
-         result["ratios"].get(f"{name}_speed", 1.0)]
+        [
+            NAMES[name],
+            side["seconds_per_step"],
+            side["peak_bytes"] / 1e9,
+            side["whole_run_seconds"],
+            result["ratios"].get(f"{name}_speed", 1.0),
+        ]
         for name, side in result["sides"].items()
-    ]  # fmt: skip
+    ]
     what = f"{result['geometry']}, {result['steps']} steps"
     return measure.table([what, "s per step", "peak RSS, GB", "whole run, s", "step / ours"], rows)
 

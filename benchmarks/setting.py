@@ -18,8 +18,9 @@ WORK = Path(os.environ.get("LLAVA_ORPO_BENCH_DIR", ROOT / "outputs" / "bench"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from llava_orpo.tiny import photo_pairs
-from llava_orpo.tiny import random_model as random_llava
+# after the variables, which transformers reads when it is imported
+from llava_orpo.tiny import photo_pairs  # noqa: E402
+from llava_orpo.tiny import random_model as random_llava  # noqa: E402
 
 PHOTO = [(640, 480)]  # COCO's usual size: 2,340 image tokens
 CHOSEN_WORDS, REJECTED_WORDS = 68, 55  # about 80 and 65 tokens
@@ -67,12 +68,27 @@ def recipe(geometry: str, folder: Path, **keys) -> dict[str, Any]:
     """A whole ORPO + LoRA recipe in fp32 without gradient checkpointing on `write_rows`'s rows."""
     rank = lora_rank(GEOMETRIES[geometry])
     return {
-        "plugins": "llava_orpo", "model_name_or_path": str(model_folder(geometry)), "stage": "dpo", "do_train": True,
-        **LORA, "lora_rank": rank, "lora_alpha": 2 * rank, "pref_loss": "orpo", "pref_beta": 0.1,
-        "dataset_dir": str(folder), "dataset": "rows",
-        "template": "llava_v16_mistral", "cutoff_len": 4096, "output_dir": str(folder / "out"), "report_to": "none",
-        "per_device_train_batch_size": 1, "disable_gradient_checkpointing": True, "use_cpu": True, "seed": 0, **keys,
-    }  # fmt: skip
+        "plugins": "llava_orpo",
+        "model_name_or_path": str(model_folder(geometry)),
+        "stage": "dpo",
+        "do_train": True,
+        **LORA,
+        "lora_rank": rank,
+        "lora_alpha": 2 * rank,
+        "pref_loss": "orpo",
+        "pref_beta": 0.1,
+        "dataset_dir": str(folder),
+        "dataset": "rows",
+        "template": "llava_v16_mistral",
+        "cutoff_len": 4096,
+        "output_dir": str(folder / "out"),
+        "report_to": "none",
+        "per_device_train_batch_size": 1,
+        "disable_gradient_checkpointing": True,
+        "use_cpu": True,
+        "seed": 0,
+        **keys,
+    }
 
 
 def without_plugin(keys: dict[str, Any]) -> dict[str, Any]:

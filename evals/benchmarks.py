@@ -66,9 +66,14 @@ def main(argv: list[str]) -> int:
     for name, model_recipe in named_models(recipe, own["models"]).items():
         with open_session(model_recipe, str(folder), need_rows=False) as session:
             found = simple_evaluate(
-                model=SessionModel(session), tasks=tasks, limit=own["limit"], task_manager=manager, log_samples=True,
-                bootstrap_iters=0, cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
-            )  # fmt: skip
+                model=SessionModel(session),
+                tasks=tasks,
+                limit=own["limit"],
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
+                cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
+            )
         table[name] = {task: metrics_of(values) for task, values in found["results"].items()}
         for task, samples in found["samples"].items():
             stem = re.sub(r"[^\w.+-]+", "_", f"samples_{name}_{task}")
@@ -83,9 +88,7 @@ def metrics_of(values: dict[str, Any]) -> dict[str, float]:
     """lmms-eval's {"<metric>,<filter>": value, …} without standard errors, names and empty entries."""
     numbers = {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}
     return {
-        key: float(value)
-        for key, value in numbers.items()
-        if not re.search(r"_(stderr|clt|clustered)|^samples$", key)
+        key: float(value) for key, value in numbers.items() if not re.search(r"_(stderr|clt|clustered)|^samples$", key)
     }
 
 

@@ -30,8 +30,13 @@ from typing import Any
 from llava_orpo.recipe import model_label, read_command, run, with_model
 
 OWN_KEYS = {
-    "models": str, "max_prompts": int, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "restart": False,
-}  # fmt: skip
+    "models": str,
+    "max_prompts": int,
+    "max_new_tokens": 512,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "restart": False,
+}
 
 
 def main(argv: list[str]) -> int:

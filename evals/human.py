@@ -25,8 +25,15 @@ from pathlib import Path
 from llava_orpo.recipe import read_command, run
 
 OWN_KEYS = {
-    "a": str, "b": str, "max_pairs": int, "seed": 0, "port": 7860, "output_dir": Path, "report": False, "judge": Path,
-}  # fmt: skip
+    "a": str,
+    "b": str,
+    "max_pairs": int,
+    "seed": 0,
+    "port": 7860,
+    "output_dir": Path,
+    "report": False,
+    "judge": Path,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -33,10 +33,22 @@ from llava_orpo.errors import UserError
 from llava_orpo.recipe import read_command, run
 
 OWN_KEYS = {
-    "a": str, "b": str, "base_url": str, "model": str, "api_key_env": "OPENAI_API_KEY", "price_in": float,
-    "price_out": float, "yes": False, "criteria": Path, "request": {}, "concurrency": 4, "timeout": 120.0, "retries": 6,
-    "max_pairs": int, "output_dir": Path,
-}  # fmt: skip
+    "a": str,
+    "b": str,
+    "base_url": str,
+    "model": str,
+    "api_key_env": "OPENAI_API_KEY",
+    "price_in": float,
+    "price_out": float,
+    "yes": False,
+    "criteria": Path,
+    "request": {},
+    "concurrency": 4,
+    "timeout": 120.0,
+    "retries": 6,
+    "max_pairs": int,
+    "output_dir": Path,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -4,8 +4,8 @@
         models=outputs/tiny/model,outputs/tiny/merged,outputs/tiny/gptq,outputs/tiny/awq
 
 Takes a recipe and overrides like llamafactory-cli. `trained` (default: the recipe's output_dir) is the adapter on the
-base it was trained on, quantized as the recipe says; `models` are whole folders, loaded as they are. Accuracy and answers
-come from preference.py and generate.py, so an interrupted run resumes where it stopped. Own keys besides:
+base it was trained on, quantized as the recipe says; `models` are whole folders, loaded as they are. Accuracy and
+answers come from preference.py and generate.py, so an interrupted run resumes where it stopped. Own keys besides:
 
     prompt          number of the held-out prompt whose answer is shown (default 0)
     max_new_tokens  64

@@ -26,9 +26,14 @@ from pathlib import Path
 from llava_orpo.recipe import MODEL, read_command, run
 
 OWN_KEYS = {
-    "aligned": str, "examples": Path, "max_new_tokens": 256, "max_upload_mb": 10, "host": "127.0.0.1", "port": 7860,
+    "aligned": str,
+    "examples": Path,
+    "max_new_tokens": 256,
+    "max_upload_mb": 10,
+    "host": "127.0.0.1",
+    "port": 7860,
     "share": False,
-}  # fmt: skip
+}
 OLD_FLAGS = {f"--{key.replace('_', '-')}": key for key in OWN_KEYS}
 
 
@@ -46,9 +51,14 @@ def main(argv: list[str]) -> int:
         examples = read_examples(own["examples"], 12, Path(scratch)) if own["examples"] else []
         candidates = load_candidates(command.recipe, own["aligned"], scratch)
         build(candidates, examples, own["max_new_tokens"]).launch(
-            server_name=own["host"], server_port=own["port"], share=own["share"], show_api=False, show_error=True,
-            max_file_size=f"{own['max_upload_mb']}mb", allowed_paths=[scratch],
-        )  # fmt: skip
+            server_name=own["host"],
+            server_port=own["port"],
+            share=own["share"],
+            show_api=False,
+            show_error=True,
+            max_file_size=f"{own['max_upload_mb']}mb",
+            allowed_paths=[scratch],
+        )
     return 0
 
 

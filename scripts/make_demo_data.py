@@ -15,9 +15,7 @@ from llava_orpo.recipe import flags, run
 
 def main(argv: list[str]) -> int:
     parser = flags(__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/tiny/data"), help="folder for the parquet files"
-    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/tiny/data"), help="folder for the parquet files")
     parser.add_argument("--train-pairs", type=int, default=6400)
     parser.add_argument("--dev-pairs", type=int, default=400)
     parser.add_argument("--heldout-pairs", type=int, default=400)

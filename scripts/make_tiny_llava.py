@@ -1,10 +1,10 @@
-"""Make a tiny LLaVA-NeXT that sees the demo world, imperfectly: an ordinary transformers folder, for runs without a GPU.
+"""Make a tiny LLaVA-NeXT that sees the demo world, imperfectly: a plain transformers folder, for runs without a GPU.
 
     python scripts/make_tiny_llava.py --out outputs/tiny/model
 
-The architecture, tokenizer kind, processor, chat template and tensor names are those of llava-hf/llava-v1.6-mistral-7b-hf;
-only the sizes differ. Same flags, same weights (on the same machine and thread count). A complete folder is left alone,
-and a run that was stopped reuses the vision tower it had finished.
+The architecture, tokenizer kind, processor, chat template and tensor names are those of
+llava-hf/llava-v1.6-mistral-7b-hf; only the sizes differ. Same flags, same weights (on the same machine and thread
+count). A complete folder is left alone, and a run that was stopped reuses the vision tower it had finished.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny/model"))
     parser.add_argument("--images", type=int, default=5000, help="pictures drawn for both phases")
     parser.add_argument("--sight-steps", type=int, default=350, help="steps of the patch-label phase")
-    parser.add_argument(
-        "--steps", type=int, default=300, help="steps of the instruction phase (8 pictures, 8 turns)"
-    )
+    parser.add_argument("--steps", type=int, default=300, help="steps of the instruction phase (8 pictures, 8 turns)")
     parser.add_argument(
         "--hallucination",
         type=float,
         default=0.55,
         help="chance that a color or shape is misnamed in an answer",
     )
-    parser.add_argument(
-        "--habit-steps", type=int, default=40, help="steps of the last phase, on mostly false answers"
-    )
+    parser.add_argument("--habit-steps", type=int, default=40, help="steps of the last phase, on mostly false answers")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     from llava_orpo.tiny.model import make

@@ -25,8 +25,14 @@ from llava_orpo.errors import UsageError
 from llava_orpo.recipe import A_WORD, THE_FILE, read_command, run
 
 OWN_KEYS = {
-    "folder": Path, "evaluation": Path, "name": str, "licence": str, "overwrite": False, "push": str, "public": False,
-}  # fmt: skip
+    "folder": Path,
+    "evaluation": Path,
+    "name": str,
+    "licence": str,
+    "overwrite": False,
+    "push": str,
+    "public": False,
+}
 OLD_FLAGS = {"--recipe": THE_FILE, A_WORD: "folder", **{f"--{key}": key for key in OWN_KEYS if key != "folder"}}
 
 
@@ -51,10 +57,14 @@ def main(argv: list[str]) -> int:
     history = read_history(evaluation) if evaluation.is_file() else []
     registry = Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
     card = make_card(
-        own["name"] or push_to or folder.resolve().name, recipe, command.file.name,
-        sources(recipe, json.loads(registry.read_text(encoding="utf-8"))), history,
-        adapter=is_adapter, licence=own["licence"],
-    )  # fmt: skip
+        own["name"] or push_to or folder.resolve().name,
+        recipe,
+        command.file.name,
+        sources(recipe, json.loads(registry.read_text(encoding="utf-8"))),
+        history,
+        adapter=is_adapter,
+        licence=own["licence"],
+    )
     write_atomic(target, card)
     print(target)
     if push_to:

@@ -50,15 +50,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data", required=True, help="parquet file or folder in RLAIF-V's schema, or a registered name"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--dataset-dir", type=Path, default=ROOT / "data_registry", help="where dataset_info.json is"
-    )
+    parser.add_argument("--dataset-dir", type=Path, default=ROOT / "data_registry", help="where dataset_info.json is")
     parser.add_argument("--samples", type=int, default=128, help="calibration pairs (default 128)")
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
     parser.add_argument(
-        "--heldout-fraction", type=float, default=heldout,
+        "--heldout-fraction",
+        type=float,
+        default=heldout,
         help=f"heldout_fraction of the training recipe, so that no held-out image is seen (default {heldout})",
-    )  # fmt: skip
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in --out")
     args = parser.parse_args(argv)
     if args.samples < 1 or args.group_size < 1:

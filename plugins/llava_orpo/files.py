@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ Item = TypeVar("Item")
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a whole file: readers see the old one or the new one, also after a crash or a power cut."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         with open(beside, "wb") as file:
@@ -45,8 +46,12 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Any]) -> None:
 
 def read_jsonl(path: str | os.PathLike, remedy: str) -> list[tuple[str, Any]]:
     """[("file:line", record)] of a file that must be whole. Raises UserError naming the line that is not JSON."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}). {remedy}") from error
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
@@ -59,8 +64,11 @@ def read_jsonl(path: str | os.PathLike, remedy: str) -> list[tuple[str, Any]]:
 def inside(folder: Path, name: str, where: str) -> Path:
     """The file that a record names relative to its own folder. Raises UserError, starting with `where`, if it is not
     below that folder (symbolic links followed)."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / name).resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL in the name, a loop of links
+        raise UserError(f"{where}: image path {name!r} names no file ({error}).") from error
+    if folder.resolve() not in path.parents:
         raise UserError(f"{where}: image path {name!r} leaves the folder of the file.")
     return path
 

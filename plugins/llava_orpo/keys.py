@@ -16,9 +16,14 @@ from typing import Any
 # Beside this module in an installed wheel, beside the recipes in a checkout.
 PLACES = (Path(__file__).with_name("schema.json"), Path(__file__).parents[2] / "recipes" / "schema.json")
 TYPE_WORDS = {
-    "boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text",
-    "array": "a list", "object": "a mapping", "null": "null",
-}  # fmt: skip
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
 RANGE_WORDS = {
     "minimum": "{} or more",
     "exclusiveMinimum": "more than {}",

@@ -272,9 +272,13 @@ def run(
         with _Interrupts() as interrupts:
             # A group of its own: it and its children can be stopped together, and Ctrl-C reaches them once.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
                 process_group=0,
-            )  # fmt: skip
+            )
             reader = threading.Thread(target=_read, args=(process.stdout, output), daemon=True)
             reader.start()
             try:

@@ -27,8 +27,14 @@ FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectory
 THE_FILE = ""  # in a table of old spellings: the value is the command's recipe or file
 A_WORD = "word"  # in a table of old spellings: the key of a word that has none
 _JSON_TYPES = {
-    bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", list: "array", dict: "object",
-}  # fmt: skip
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    Path: "string",
+    list: "array",
+    dict: "object",
+}
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,18 @@ def read_command(
     words = _modern(list(argv), old or {}, schemas)
     takes_recipe = file.endswith(SUFFIXES)
     if not words or "=" in words[0] or words[0].startswith("-"):
-        raise UsageError(f"The first word must be {'the recipe' if takes_recipe else 'the input'}: {file} key=value … "
-                         "(-h shows the help).")  # fmt: skip
+        raise UsageError(
+            f"The first word must be {'the recipe' if takes_recipe else 'the input'}: {file} key=value … "
+            "(-h shows the help)."
+        )
     path, overrides = Path(words[0]), words[1:]
     if wrong := check_overrides(overrides):
         raise UsageError(*wrong)
     given = load(path, overrides) if takes_recipe else _load_own(path, overrides)
-    own = {key: keys.as_meant(given.pop(key), schemas[key]) if key in given else _default(value)
-           for key, value in own_keys.items()}  # fmt: skip
+    own = {
+        key: keys.as_meant(given.pop(key), schemas[key]) if key in given else _default(value)
+        for key, value in own_keys.items()
+    }
     recipe = as_meant(given)
     problems = [sentence for key, value in own.items() if (sentence := keys.problem(key, value, schemas[key]))]
     problems += [f"{key}= is missing (-h shows the help)." for key in required if own[key] is None]

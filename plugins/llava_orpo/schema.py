@@ -24,16 +24,33 @@ NOT_NEGATIVE = {"minimum": 0}
 POSITIVE = {"exclusiveMinimum": 0}
 SHARE = {"minimum": 0, "maximum": 1}
 RANGES = {
-    "per_device_train_batch_size": AT_LEAST_ONE, "per_device_eval_batch_size": AT_LEAST_ONE,
-    "gradient_accumulation_steps": AT_LEAST_ONE, "num_train_epochs": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE,
-    "warmup_ratio": SHARE, "warmup_steps": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "max_grad_norm": NOT_NEGATIVE,
-    "logging_steps": POSITIVE, "save_steps": POSITIVE, "eval_steps": POSITIVE, "early_stopping_steps": AT_LEAST_ONE,
-    "dataloader_num_workers": NOT_NEGATIVE, "preprocessing_num_workers": AT_LEAST_ONE, "cutoff_len": AT_LEAST_ONE,
-    "max_samples": AT_LEAST_ONE, "lora_rank": AT_LEAST_ONE, "lora_alpha": AT_LEAST_ONE,
-    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1}, "pref_beta": NOT_NEGATIVE, "pref_ftx": NOT_NEGATIVE,
-    "quantization_bit": {"minimum": 1, "maximum": 8}, "temperature": NOT_NEGATIVE,
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1}, "export_size": AT_LEAST_ONE,
-}  # fmt: skip
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "num_train_epochs": NOT_NEGATIVE,
+    "learning_rate": NOT_NEGATIVE,
+    "warmup_ratio": SHARE,
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "early_stopping_steps": AT_LEAST_ONE,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "preprocessing_num_workers": AT_LEAST_ONE,
+    "cutoff_len": AT_LEAST_ONE,
+    "max_samples": AT_LEAST_ONE,
+    "lora_rank": AT_LEAST_ONE,
+    "lora_alpha": AT_LEAST_ONE,
+    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
+    "pref_beta": NOT_NEGATIVE,
+    "pref_ftx": NOT_NEGATIVE,
+    "quantization_bit": {"minimum": 1, "maximum": 8},
+    "temperature": NOT_NEGATIVE,
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "export_size": AT_LEAST_ONE,
+}
 # What the code takes and the annotation does not say: `true` is the last checkpoint in output_dir (Trainer.train), and
 # fsdp's `true` is full_shard (TrainingArguments); the shares of the datasets may be a list (DataArguments).
 ALSO_TAKES = {"resume_from_checkpoint": ["boolean"], "fsdp": ["boolean"], "interleave_probs": ["array"]}

@@ -96,14 +96,10 @@ def _same_base(trained_on: str, base: str, base_dir: Path) -> bool:
 
 def _same_weights(a: Path, b: Path) -> bool:
     """Whether the first row of every weight is equal in both folders."""
-    tables = [
-        {published_name(n): (n, *entry) for n, entry in tensor_table(folder).items()} for folder in (a, b)
-    ]
+    tables = [{published_name(n): (n, *entry) for n, entry in tensor_table(folder).items()} for folder in (a, b)]
     if tables[0].keys() != tables[1].keys():
         return False
-    return all(
-        torch.equal(_first_row(a, *tables[0][name]), _first_row(b, *tables[1][name])) for name in tables[0]
-    )
+    return all(torch.equal(_first_row(a, *tables[0][name]), _first_row(b, *tables[1][name])) for name in tables[0])
 
 
 def _first_row(folder: Path, name: str, dtype: str, shape: tuple[int, ...], file: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .. import progress
 from ..errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -58,9 +59,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({error}); download or export it again."
-        ) from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}); download or export it again.") from error
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -151,9 +150,7 @@ def resolve_model_dir(
     if path.is_dir():
         return path
     if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
-        raise CheckpointError(
-            f"{name_or_path} is not a folder; give a checkpoint folder or a Hub id (owner/name)."
-        )
+        raise CheckpointError(f"{name_or_path} is not a folder; give a checkpoint folder or a Hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
     small = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -175,9 +172,7 @@ def processor_files(base: Path) -> list[Path]:
     """
     for what, names in PROCESSOR_GROUPS.items():
         if not any((base / name).is_file() for name in names):
-            raise CheckpointError(
-                f"{base} has no {what} ({' or '.join(names)}); get the base model's whole folder."
-            )
+            raise CheckpointError(f"{base} has no {what} ({' or '.join(names)}); get the base model's whole folder.")
     files = [Path(name) for name in COPIED_FILES if (base / name).is_file()]
     for name in COPIED_FOLDERS:
         files += sorted(path.relative_to(base) for path in (base / name).rglob("*") if path.is_file())
@@ -205,9 +200,7 @@ def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
     if not overwrite:
         raise CheckpointError(f"{out_dir} already holds files; choose another folder or ask to overwrite it.")
     if not (out_dir / "config.json").is_file():
-        raise CheckpointError(
-            f"{out_dir} holds files but no config.json, so no checkpoint: remove it yourself."
-        )
+        raise CheckpointError(f"{out_dir} holds files but no config.json, so no checkpoint: remove it yourself.")
 
 
 @contextmanager
@@ -272,27 +265,29 @@ def write_shards(
     sizes: Mapping[str, int],
     fetch: Callable[[str], torch.Tensor],
     max_shard_gb: float,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    what: str = "",
 ) -> None:
-    """Write tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index, or as
+    """Writes tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index, or as
     model.safetensors alone when one shard is enough.
 
     sizes: tensor name -> bytes, in writing order. fetch(name) gives the contiguous CPU tensor; one shard is
-    in memory at a time. Raises CheckpointError if a fetched tensor does not have the size planned for it.
+    in memory at a time. what: names the progress bar; none is shown without it. Raises CheckpointError if a fetched
+    tensor does not have the size planned for it.
     """
     shards = plan_shards(sizes, int(max_shard_gb * 1e9))
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {}
-        for name in names:
-            tensors[name] = fetch(name)
-            if tensors[name].nbytes != sizes[name]:
-                raise CheckpointError(f"{name} has {tensors[name].nbytes} bytes, {sizes[name]} were planned.")
-            weight_map[name] = file
-            on_tensor(name)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors
+    with progress.bar(sum(sizes.values()), what, unit="B", unit_scale=True, disable=not what) as written:
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {}
+            for name in names:
+                tensors[name] = fetch(name)
+                if tensors[name].nbytes != sizes[name]:
+                    raise CheckpointError(f"{name} has {tensors[name].nbytes} bytes, {sizes[name]} were planned.")
+                weight_map[name] = file
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            written.update(sum(sizes[name] for name in names))
+            del tensors
     if len(shards) == 1:
         return
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

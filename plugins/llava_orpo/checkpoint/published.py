@@ -117,9 +117,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: dict, what: str) 
     expected = expected_tensors(config)
     absent, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     wrong = [
-        f"{n} {found[n]} (expected {expected[n]})"
-        for n in expected.keys() & found.keys()
-        if found[n] != expected[n]
+        f"{n} {found[n]} (expected {expected[n]})" for n in expected.keys() & found.keys() if found[n] != expected[n]
     ]
     groups = {"missing": absent, "not in the model": extra, "wrong shape": wrong}
     problems = [f"{label}: {some(names)}" for label, names in groups.items() if names]
@@ -211,6 +209,7 @@ def save_published(
     dtype: torch.dtype | None = None,
     max_shard_gb: float = 5.0,
     overwrite: bool = False,
+    show_progress: bool = False,
 ) -> Path:
     """Write a whole LLaVA-NeXT model as a folder that plain transformers 5.5 and 5.6 load completely.
 
@@ -232,14 +231,10 @@ def save_published(
     names = published_names(name for name in tensors if not RECOMPUTED.search(name))
     if config.get("tie_word_embeddings"):
         names.pop(LM_HEAD, None)
-    check_shapes(
-        {name: tuple(tensors[key].shape) for name, key in names.items()}, config, "The model to be written"
-    )
+    check_shapes({name: tuple(tensors[key].shape) for name, key in names.items()}, config, "The model to be written")
     offloaded = [name for name, key in names.items() if tensors[key].is_meta]
     if offloaded:
-        raise CheckpointError(
-            f"The model's weights are not in memory ({some(offloaded)}); load it without offloading."
-        )
+        raise CheckpointError(f"The model's weights are not in memory ({some(offloaded)}); load it without offloading.")
     kinds = {tensors[key].dtype for key in names.values()}
     if dtype is None and len(kinds) > 1:
         raise CheckpointError(f"The model mixes {some(kinds)}; say which dtype to write.")
@@ -255,5 +250,6 @@ def save_published(
             sizes,
             lambda name: tensors[names[name]].detach().to("cpu", dtype).contiguous(),
             max_shard_gb,
+            what=f"writing {out_dir.name}" if show_progress else "",
         )
     return out_dir

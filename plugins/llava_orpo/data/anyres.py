@@ -102,9 +102,7 @@ class AnyresGeometry:
         kept = tuple(point for point in self.grid_pinpoints if self._grid_tiles(point) <= max_tiles)
         if not kept:
             smallest = min(self._grid_tiles(point) for point in self.grid_pinpoints)
-            raise UserError(
-                f"{max_tiles} tiles leave no grid resolution; the smallest limit possible is {smallest}"
-            )
+            raise UserError(f"{max_tiles} tiles leave no grid resolution; the smallest limit possible is {smallest}")
         return replace(self, grid_pinpoints=kept)
 
     def _grid_tiles(self, resolution: tuple[int, int]) -> int:

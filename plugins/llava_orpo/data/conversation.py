@@ -114,7 +114,9 @@ class Conversation:
 
         once = [i for i, alone in enumerate(apart) if alone]
         prompts = private.whole.encode_batch([rows[i][0] for i in once])
-        responses = private.response.encode_batch([text for i in once for text in rows[i][1:]], add_special_tokens=False)
+        responses = private.response.encode_batch(
+            [text for i in once for text in rows[i][1:]], add_special_tokens=False
+        )
         for i, prompt, good, bad in zip(once, prompts, responses[0::2], responses[1::2], strict=True):
             out[i] = (prompt.ids, good.ids, bad.ids)
 
@@ -166,9 +168,7 @@ def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -
     """
     ids = list(prompt_ids)
     if ids.count(image_token_id) != 1:
-        raise ValueError(
-            f"expected one image placeholder, id {image_token_id}; found {ids.count(image_token_id)}"
-        )
+        raise ValueError(f"expected one image placeholder, id {image_token_id}; found {ids.count(image_token_id)}")
     at = ids.index(image_token_id)
     return ids[:at] + [image_token_id] * n + ids[at + 1 :]
 

@@ -63,10 +63,17 @@ class PairProcessor(PairwiseDatasetProcessor):
                 reason = f"the prompt alone has {prompt_len} tokens, cutoff_len is {self.data_args.cutoff_len}"
             identity = identities[i] or OTHER_FORMATS
             row = dict(
-                {key: identity[key] for key in IDENTITY}, width=size[0], height=size[1], question=questions[i],
-                prompt_ids=prompt_ids, chosen_ids=chosen_ids[: max(limit, 1)], rejected_ids=rejected_ids[: max(limit, 1)],
-                num_image_tokens=count, image=refs[i], skip=reason,
-            )  # fmt: skip
+                {key: identity[key] for key in IDENTITY},
+                width=size[0],
+                height=size[1],
+                question=questions[i],
+                prompt_ids=prompt_ids,
+                chosen_ids=chosen_ids[: max(limit, 1)],
+                rejected_ids=rejected_ids[: max(limit, 1)],
+                num_image_tokens=count,
+                image=refs[i],
+                skip=reason,
+            )
             if not self.shared_prefix:
                 row.update(self._two_sequences(row))
             for key in out:
@@ -84,7 +91,16 @@ class PairProcessor(PairwiseDatasetProcessor):
         return size, processor_geometry(self.processor).num_image_tokens(*size), ""
 
     def _columns(self) -> list[str]:
-        columns = ["question", "prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens", "image", "width", "height"]
+        columns = [
+            "question",
+            "prompt_ids",
+            "chosen_ids",
+            "rejected_ids",
+            "num_image_tokens",
+            "image",
+            "width",
+            "height",
+        ]
         columns += ["skip", *IDENTITY]
         if not self.shared_prefix:
             columns += [f"{side}_{key}" for side in ("chosen", "rejected") for key in _LLAMAFACTORY_KEYS]

@@ -6,6 +6,7 @@ import functools
 import json
 import secrets
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -47,9 +48,7 @@ def private_tokenizer(conversation: Conversation, tokenizer, _size: int):
         raise UserError(f"template {conversation.name} needs a BPE tokenizer, this one is {model['type']}")
     added = {token["content"] for token in spec["added_tokens"]}
     if missing := [token for token in conversation.special_tokens if token not in added]:
-        raise UserError(
-            f"the tokenizer lacks {missing}, which {conversation.name} needs: another checkpoint's?"
-        )
+        raise UserError(f"the tokenizer lacks {missing}, which {conversation.name} needs: another checkpoint's?")
     # 128 random bits between Unicode noncharacters: no text contains this, and the ids do not depend on it.
     secret, names = secrets.token_hex(16), {}
     for token in spec["added_tokens"]:
@@ -98,16 +97,20 @@ def _joined_after(spec: dict, last: str) -> frozenset[str] | None:
     model, splitter = spec["model"], spec["pre_tokenizer"]
     space = {"String": " "}
     plain = (
-        all(n["type"] == "Prepend" or (n["type"], n.get("pattern"), n.get("content")) == ("Replace", space, "▁")
-            for n in _normalizers(spec))
+        all(
+            n["type"] == "Prepend" or (n["type"], n.get("pattern"), n.get("content")) == ("Replace", space, "▁")
+            for n in _normalizers(spec)
+        )
         and (splitter is None or (splitter["type"], splitter["replacement"]) == ("Metaspace", "▁"))
-        and not any(model.get(k) for k in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"))
+        and not any(
+            model.get(k) for k in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+        )
         and not any(piece.startswith("<0x") for merge in model["merges"] for piece in merge)  # bytes of unknown letters
         and all(token["content"].startswith("\ufdd0") for token in spec["added_tokens"])  # none can occur in a text
         and not any(token[k] for token in spec["added_tokens"] for k in ("lstrip", "rstrip", "single_word"))
         and last in model["vocab"]
-    )  # fmt: skip
+    )
     if not plain:
         return None
-    found = {b for piece in model["vocab"] for a, b in zip(piece, piece[1:]) if a == last}
+    found = {b for piece in model["vocab"] for a, b in pairwise(piece) if a == last}
     return frozenset(found | {" "} if "▁" in found else found)

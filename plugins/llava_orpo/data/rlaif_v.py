@@ -53,7 +53,7 @@ def index_images(batch, indices, *, column, file, media_dirs, verify, version):
     With `verify="full"` every image is decoded once. Batched function for `datasets.map`.
     """
     out = {"_ref": [], "_hash": [], "_width": [], "_height": [], "_problem": []}
-    for value, row in zip(batch[column], indices):
+    for value, row in zip(batch[column], indices, strict=True):
         ref, digest, size, problem = "", "", (0, 0), ""
         try:
             if value is None or (isinstance(value, dict) and value.get("bytes") is None and not value.get("path")):
@@ -70,7 +70,7 @@ def index_images(batch, indices, *, column, file, media_dirs, verify, version):
                 images.verify(data) if verify == "full" else _check_end(data)
         except (images.ImageError, OSError) as err:
             problem = f"bad image: {err}"
-        for key, item in zip(out, (ref, digest, size[0], size[1], problem)):
+        for key, item in zip(out, (ref, digest, size[0], size[1], problem), strict=True):
             out[key].append(item)
     return out
 
@@ -126,7 +126,10 @@ def _by_arrow_file(dataset: Dataset, column: str) -> list[tuple[str, Dataset]]:
         parts = [Dataset.from_file(file) for file in files]
         if not files:
             raise UserError("The dataset has no Arrow file on disk; streaming and in-memory data are not supported.")
-    return [(file, image_store.undecoded(part, column).select_columns([column])) for file, part in zip(files, parts)]
+    return [
+        (file, image_store.undecoded(part, column).select_columns([column]))
+        for file, part in zip(files, parts, strict=True)
+    ]
 
 
 def _same(batch):

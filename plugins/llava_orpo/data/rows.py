@@ -79,7 +79,7 @@ def source_of(row: Mapping[str, Any]) -> str:
 
 
 def question_type_of(row: Mapping[str, Any]) -> str:
-    """"detailed description", "question answering" or "unknown", from anywhere inside origin_split."""
+    """ "detailed description", "question answering" or "unknown", from anywhere inside origin_split."""
     known = {normal(kind): kind for kind in QUESTION_TYPES}
     for leaf in leaves(parse_json(row.get("origin_split"))):
         if normal(leaf) in known:

@@ -24,9 +24,7 @@ def write_skipped(folder: str, entries: list[dict[str, Any]], rank: int = 0) -> 
     return path
 
 
-def report_skipped(
-    skipped: list[dict[str, Any]], considered: int, limit: float, folder: str, write: bool
-) -> None:
+def report_skipped(skipped: list[dict[str, Any]], considered: int, limit: float, folder: str, write: bool) -> None:
     """Lists skipped rows in `<folder>/skipped_rows.jsonl`, in the place of an earlier run's list.
 
     Args:

@@ -31,7 +31,7 @@ class ExactTemplate(Template):
             raise ValueError("Messages must alternate: user, assistant, user, … Tool turns are not supported.")
 
         tokens = [n for m in messages for n in m.get("image_tokens", [])]
-        turns = [(m["content"], a["content"]) for m, a in zip(messages[0::2], messages[1::2])]
+        turns = [(m["content"], a["content"]) for m, a in zip(messages[0::2], messages[1::2], strict=False)]
         encoded = self.conversation.encode_turns(
             tokenizer, turns, has_image=bool(tokens), system=(system or self.default_system) or None
         )

@@ -134,9 +134,7 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
             inputs = batch_inputs(session, [ids], [picture])
             stopping = [_Stop(closed)]
             with _DEVICE, candidate.chosen():
-                answer_batch(
-                    session, inputs, min(max_new_tokens, room), streamer=streamer, stopping_criteria=stopping
-                )
+                answer_batch(session, inputs, min(max_new_tokens, room), streamer=streamer, stopping_criteria=stopping)
         except Exception as error:  # handed to the thread that reads the stream
             errors.append(error)
             streamer.end()
@@ -169,9 +167,16 @@ def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -
     if total > (limit := int(session.recipe.get("cutoff_len", 2048))):
         raise ValueError(f"Question, image and answer have {total} tokens; the recipe's cutoff_len is {limit}.")
     row = {
-        "pair_id": "demo", "image": image, "image_hash": "demo", "width": width, "height": height,
-        "prompt_ids": prompt_ids, "chosen_ids": responses[0], "rejected_ids": responses[1], "num_image_tokens": count,
-    }  # fmt: skip
+        "pair_id": "demo",
+        "image": image,
+        "image_hash": "demo",
+        "width": width,
+        "height": height,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": responses[0],
+        "rejected_ids": responses[1],
+        "num_image_tokens": count,
+    }
     batch = session.collator([row])
     if batch["bad_images"]:
         raise images.ImageError(f"The image is damaged: {batch['bad_images'][0][1]}")

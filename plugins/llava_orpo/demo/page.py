@@ -42,7 +42,9 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
                     states = ("writing", "waiting") if turn == 0 else ("done", "writing")
                     yield tuple(map(page.answer_card, ROLES, labels, said, states))
             others = [said[1], said[0]]
-            yield tuple(page.answer_card(*card, "done", other) for *card, other in zip(ROLES, labels, said, others))
+            yield tuple(
+                page.answer_card(*card, "done", other) for *card, other in zip(ROLES, labels, said, others, strict=True)
+            )
             return
         yield gr.skip(), gr.skip()  # what was on the page stays
 
@@ -53,12 +55,12 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             if not a or not b or max(len(a), len(b)) > MAX_ANSWER:
                 raise ValueError(f"Write two answers, A and B, of up to {MAX_ANSWER} characters each.")
             scores = [compare(candidate, image, question, a, b) for candidate in candidates]
-            return [page.comparison_card(*card) for card in zip(ROLES, labels, scores)]
+            return [page.comparison_card(*card) for card in zip(ROLES, labels, scores, strict=True)]
         return [gr.skip(), gr.skip()]
 
     def empty() -> list[str]:
-        return [page.answer_card(*card, "", "empty") for card in zip(ROLES, labels)] + [
-            page.comparison_card(*card, None) for card in zip(ROLES, labels)
+        return [page.answer_card(*card, "", "empty") for card in zip(ROLES, labels, strict=True)] + [
+            page.comparison_card(*card, None) for card in zip(ROLES, labels, strict=True)
         ]
 
     def pick(index: int) -> list:
@@ -72,18 +74,28 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 picture = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=280,
-                    show_download_button=False, show_share_button=False, elem_id="picture",
-                )  # fmt: skip
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Image",
+                    height=280,
+                    show_download_button=False,
+                    show_share_button=False,
+                    elem_id="picture",
+                )
                 picture.preprocess = uploaded_path
                 question = gr.Textbox(
                     label="Question", lines=2, max_length=MAX_QUESTION, placeholder="What is in the picture?"
                 )
                 if examples:
                     gallery = gr.Dataset(
-                        components=[picture], samples=[[row["image"]] for row in examples], type="index",
-                        label="Examples", layout="gallery", samples_per_page=12,
-                    )  # fmt: skip
+                        components=[picture],
+                        samples=[[row["image"]] for row in examples],
+                        type="index",
+                        label="Examples",
+                        layout="gallery",
+                        samples_per_page=12,
+                    )
             with gr.Column(scale=8, min_width=360), gr.Tabs():
                 blank = empty()
                 with gr.Tab("Ask"):
@@ -102,13 +114,22 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
         picture.upload(check_upload, picture, picture, show_progress="hidden")
         # One request computes at a time, on either tab; the others wait in line and see their place in it.
         gr.on(
-            [ask_button.click, question.submit], ask, [picture, question], answers,
-            concurrency_id="models", concurrency_limit=1, show_progress="minimal",
-        )  # fmt: skip
+            [ask_button.click, question.submit],
+            ask,
+            [picture, question],
+            answers,
+            concurrency_id="models",
+            concurrency_limit=1,
+            show_progress="minimal",
+        )
         judge_button.click(
-            judge, [picture, question, first, second], verdicts,
-            concurrency_id="models", concurrency_limit=1, show_progress="minimal",
-        )  # fmt: skip
+            judge,
+            [picture, question, first, second],
+            verdicts,
+            concurrency_id="models",
+            concurrency_limit=1,
+            show_progress="minimal",
+        )
         if examples:
             filled = [picture, question, first, second, *answers, *verdicts]
             gallery.click(pick, gallery, filled, queue=False, show_progress="hidden")

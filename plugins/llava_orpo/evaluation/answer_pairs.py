@@ -58,18 +58,14 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
         b, a = models
     known = [*models, *DATASET_ANSWERS]
     if a not in known or b not in known or a == b:
-        raise UserError(
-            f"Name the two sides with a=… and b=…, out of: {', '.join(known)}. Got a={a}, b={b}."
-        )
+        raise UserError(f"Name the two sides with a=… and b=…, out of: {', '.join(known)}. Got a={a}, b={b}.")
     pairs = []
     for where, line in lines:
         sides = [line[name] if name in DATASET_ANSWERS else line["answers"].get(name) for name in (a, b)]
         if None in sides:  # a model whose run left this prompt out
             continue
         image = _image(path.parent, line["image"], where)
-        pairs.append(
-            AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides)
-        )
+        pairs.append(AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides))
     if not pairs:
         raise UserError(f"{path}: no prompt was answered by both {a} and {b}.")
     return a, b, pairs

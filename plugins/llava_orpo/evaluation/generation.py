@@ -47,10 +47,10 @@ def named_models(recipe: dict[str, Any], models: str | list | None) -> dict[str,
         return {model_label(recipe): recipe}
     wanted = [str(model).strip() for model in (models.split(",") if isinstance(models, str) else models)]
     short = [model if model == "base" else Path(model.rstrip("/")).name for model in wanted]
-    names = [s if short.count(s) == 1 else model for s, model in zip(short, wanted)]
+    names = [s if short.count(s) == 1 else model for s, model in zip(short, wanted, strict=True)]
     if len(set(names)) != len(names) or not all(names):
         raise UserError(f"models={models}: name every model once.")
-    return {name: with_model(recipe, model) for name, model in zip(names, wanted)}
+    return {name: with_model(recipe, model) for name, model in zip(names, wanted, strict=True)}
 
 
 def unique_prompts(rows, limit: int | None = None) -> list[int]:
@@ -115,25 +115,19 @@ def generate(session: Session, positions: Sequence[int], settings: Settings) -> 
         sequences = [full_prompt_ids(row, image_token) for row in rows]
         return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
 
-    order = sorted(
-        positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"])
-    )
-    loader = DataLoader(
-        order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers,
-    )  # fmt: skip
+    order = sorted(positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"]))
+    loader = DataLoader(order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers)
     for rows, bad, inputs in loader:
         records = [_record(row, ids, bad_image=reason) for row, reason in bad]
         if rows:
             seeds = [prompt_seed(row, settings.seed) for row in rows]
             processors = [SeededSampling(seeds, settings.temperature, settings.top_p)] if settings.temperature else []
             texts = answer_batch(session, inputs, settings.max_new_tokens, processors)
-            records += [_record(row, ids, answer=text) for row, text in zip(rows, texts)]
+            records += [_record(row, ids, answer=text) for row, text in zip(rows, texts, strict=True)]
         yield records
 
 
-def batch_inputs(
-    session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence
-) -> dict[str, torch.Tensor]:
+def batch_inputs(session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence) -> dict[str, torch.Tensor]:
     """Model inputs of a batch, on the CPU: left-padded prompts, RGB pictures in the order of their prompts."""
     inputs = left_padded(sequences, session.tokenizer.pad_token_id)
     if pictures:
@@ -151,15 +145,22 @@ def answer_batch(
     """
     tokenizer = session.tokenizer
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(session.template.conversation, tokenizer),
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(session.template.conversation, tokenizer),
+    )
     inputs = {key: value.to(session.device) for key, value in inputs.items()}
     with torch.no_grad(), session.precision():
-        out = session.model.generate(
-            **inputs, generation_config=config, logits_processor=list(processors), **streaming
-        )
+        out = session.model.generate(**inputs, generation_config=config, logits_processor=list(processors), **streaming)
     answers = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

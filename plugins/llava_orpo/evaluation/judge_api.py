@@ -43,14 +43,10 @@ class ChatClient:
             60, of which a random half to all is waited; what a Retry-After header asks for comes on top.
     """
 
-    def __init__(
-        self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0
-    ):
+    def __init__(self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0):
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1."
-            )
+            raise UserError(f"base_url={base_url}: must be an http(s) address, e.g. http://127.0.0.1:8000/v1.")
         if parts.username or parts.password:
             raise UserError(
                 "base_url holds a user or password. Put the key into an environment variable (api_key_env)."
@@ -67,9 +63,7 @@ class ChatClient:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
             limits=httpx.Limits(max_connections=None),
-            mounts={
-                f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")
-            },  # never through a proxy
+            mounts={f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")},  # never through a proxy
         )
 
     async def close(self) -> None:
@@ -87,9 +81,7 @@ class ChatClient:
         for tried in range(self.retries + 1):
             pause = min(self.first_wait * 2**tried, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             try:
-                async with asyncio.timeout(
-                    self.timeout
-                ):  # httpx's own bounds each read, not the whole answer
+                async with asyncio.timeout(self.timeout):  # httpx's own bounds each read, not the whole answer
                     response = await self._client.post(self.url, json=payload)
             except (httpx.TransportError, TimeoutError) as error:  # also refused and broken connections
                 problem = f"{type(error).__name__}: {error}"

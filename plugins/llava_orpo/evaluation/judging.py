@@ -73,25 +73,22 @@ def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
     whole = whole_lines(data)
     if whole != data:
         path.write_bytes(whole)
-    records = [json.loads(line) for line in whole.decode().splitlines()]
+    records = [json.loads(line) for line in whole.decode().split("\n") if line]
     return {record["key"]: record for record in records if record["verdict"]}
 
 
 def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, own: dict[str, Any]) -> None:
     """Prints what will be sent and what it may cost; asks unless `yes`. Raises UserError for a no."""
     tasks = list(tasks)
-    sizes = [
-        text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image)
-        for p, _ in tasks
-    ]
+    sizes = [text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image) for p, _ in tasks]
     tokens_in, tokens_out = sum(sizes), ANSWER_TOKENS * len(tasks)
-    print(f"{len(tasks)} requests to {own['base_url']} ({done} verdicts are there already), about {tokens_in:,} tokens "
-          f"in and {tokens_out:,} out (4 characters a token, images as OpenAI counts them).")  # fmt: skip
+    print(
+        f"{len(tasks)} requests to {own['base_url']} ({done} verdicts are there already), about {tokens_in:,} tokens "
+        f"in and {tokens_out:,} out (4 characters a token, images as OpenAI counts them)."
+    )
     if own["price_in"] is not None and own["price_out"] is not None:
         cost = (tokens_in * float(own["price_in"]) + tokens_out * float(own["price_out"])) / 1e6
-        print(
-            f"About {cost:.2f} US dollars at {own['price_in']} in and {own['price_out']} out per million tokens."
-        )
+        print(f"About {cost:.2f} US dollars at {own['price_in']} in and {own['price_out']} out per million tokens.")
     if not own["yes"]:
         if not sys.stdin.isatty():
             raise UserError("Nothing was sent. Add yes=true to send without being asked.")
@@ -149,9 +146,7 @@ async def judge(
                         failed[key] = str(error)
                         row += 1
                         if row >= GIVE_UP:
-                            raise EndpointUnusable(
-                                f"{row} requests in a row failed; the last: {error}"
-                            ) from None
+                            raise EndpointUnusable(f"{row} requests in a row failed; the last: {error}") from None
                         continue
                     row = 0
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -262,8 +257,10 @@ def print_summary(summary: dict[str, Any], failed: dict[str, str]) -> None:
         print(f"  identical answers  {summary['identical']}, counted as ties and not sent")
     judged = summary["n"] - summary["identical"]
     if judged:
-        print(f"  orders disagreed   {summary['orders_disagree']} of {judged}; the same place won twice in "
-              f"{summary['position_bias_rate']:.1%}")  # fmt: skip
+        print(
+            f"  orders disagreed   {summary['orders_disagree']} of {judged}; the same place won twice in "
+            f"{summary['position_bias_rate']:.1%}"
+        )
     if summary["first_place_share"] is not None:
         print(f"  first place won    {summary['first_place_share']:.1%} of the decided verdicts")
     if summary["not_judged"]:

@@ -64,24 +64,18 @@ class SessionModel(lmms):
             question, _, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
             if len(visuals) > 1:
-                raise UserError(
-                    f"{task}, document {doc_id}: {len(visuals)} images; LLaVA-1.6 was trained with one."
-                )
+                raise UserError(f"{task}, document {doc_id}: {len(visuals)} images; LLaVA-1.6 was trained with one.")
             ids = session.template.conversation.encode_prompt(session.tokenizer, question, bool(visuals))
             for picture in visuals:
                 picture = picture.convert("RGB")
                 ids = expand_image_token(ids, image_token, geometry.num_image_tokens(*picture.size))
                 pictures.append(picture)
             sequences.append(ids)
-            seeds.append(
-                int.from_bytes(hashlib.blake2b(f"{task}/{doc_id}".encode(), digest_size=7).digest(), "big")
-            )
+            seeds.append(int.from_bytes(hashlib.blake2b(f"{task}/{doc_id}".encode(), digest_size=7).digest(), "big"))
         processors = []
         if settings["temperature"]:
             processors = [SeededSampling(seeds, settings["temperature"], settings["top_p"])]
-        return answer_batch(
-            session, batch_inputs(session, sequences, pictures), settings["max_new_tokens"], processors
-        )
+        return answer_batch(session, batch_inputs(session, sequences, pictures), settings["max_new_tokens"], processors)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("Only tasks with output_type generate_until run here.")

@@ -19,10 +19,24 @@ from ..preference.writing import Evaluation, write_evaluation
 from .session import Session, open_session
 
 FROM_RECIPE = (
-    "model_name_or_path", "adapter_name_or_path", "quantization_bit", "eval_dataset", "cutoff_len", "dataset_filter",
-    "heldout_fraction", "anyres_max_tiles", "template", "max_samples", "bf16", "fp16", "quantize_vision",
-    "quantization_type", "quantization_method", "double_quantization", "infer_dtype",
-)  # fmt: skip
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "quantization_bit",
+    "eval_dataset",
+    "cutoff_len",
+    "dataset_filter",
+    "heldout_fraction",
+    "anyres_max_tiles",
+    "template",
+    "max_samples",
+    "bf16",
+    "fp16",
+    "quantize_vision",
+    "quantization_type",
+    "quantization_method",
+    "double_quantization",
+    "infer_dtype",
+)
 ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejected_ids")  # what a score depends on
 
 
@@ -41,7 +55,10 @@ class Saved:
     @contextmanager
     def appending(self, total: int, there: int, unit: str, name: str) -> Iterator[Callable[[list[dict]], None]]:
         """A function that appends records, under a progress bar from `there` to `total`."""
-        with self.path.open("a", encoding="utf-8") as out, tqdm(total=total, initial=there, unit=unit, desc=name) as bar:
+        with (
+            self.path.open("a", encoding="utf-8") as out,
+            tqdm(total=total, initial=there, unit=unit, desc=name) as bar,
+        ):
 
             def add(records: list[dict[str, Any]]) -> None:
                 out.writelines(map(json_line, records))
@@ -52,9 +69,9 @@ class Saved:
 
 
 def _read(path: Path, key: str) -> list[dict[str, Any]]:
-    first, *rest = whole_lines(path.read_bytes()).decode("utf-8").splitlines() or [""]
+    first, *rest = whole_lines(path.read_bytes()).decode("utf-8").split("\n")
     try:
-        return [json.loads(line) for line in rest] if json.loads(first).get("key") == key else []
+        return [json.loads(line) for line in rest if line] if json.loads(first).get("key") == key else []
     except (json.JSONDecodeError, AttributeError):
         return []
 
@@ -87,10 +104,15 @@ def score(session: Session, folder: Path, condition: str, restart: bool) -> list
     size = session.batch_size
     with saved.appending(len(session.rows), len(done), "pair", condition) as add:
         return done + scoring.score(
-            session.score_batch, session.rows, scoring.in_groups(session.rows, waiting, size, condition, session.arguments),
-            session.collator, size, condition, num_workers=session.num_workers,
+            session.score_batch,
+            session.rows,
+            scoring.in_groups(session.rows, waiting, size, condition, session.arguments),
+            session.collator,
+            size,
+            condition,
+            num_workers=session.num_workers,
             on_batch=lambda rows: add([row.to_json() for row in rows]),
-        )  # fmt: skip
+        )
 
 
 def fingerprint(session: Session) -> str:
@@ -102,7 +124,7 @@ def fingerprint(session: Session) -> str:
             weights = sorted(root.glob("*.safetensors"))
             parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
     rows = hashlib.sha256()
-    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(session.rows)):
+    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(session.rows), strict=True):
         rows.update(json.dumps([name, *row.values()]).encode())
     parts["rows"] = rows.hexdigest()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

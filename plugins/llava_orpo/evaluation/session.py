@@ -21,11 +21,28 @@ from ..step.model import PackedLogps, packed_logps, prepare
 from ..training import workflow
 
 TRAINING_ONLY = (
-    "dataset", "do_train", "deepspeed", "fsdp", "fsdp_config", "eval_on_start", "eval_strategy", "eval_steps",
-    "save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
-    "early_stopping_steps", "plot_loss", "overwrite_output_dir", "run_name", "project", "num_train_epochs", "max_steps",
+    "dataset",
+    "do_train",
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "eval_on_start",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "early_stopping_steps",
+    "plot_loss",
+    "overwrite_output_dir",
+    "run_name",
+    "project",
+    "num_train_epochs",
+    "max_steps",
     "resume_from_checkpoint",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -86,14 +103,17 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
     Raises UserError when the recipe names no eval_dataset, and whatever loading raises.
     """
     if need_rows and not recipe.get("eval_dataset"):
-        raise UserError("The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json).")
+        raise UserError(
+            "The recipe names no eval_dataset; add eval_dataset=NAME (see data_registry/dataset_info.json)."
+        )
     autoload.install()
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
 
     keys = {key: value for key, value in recipe.items() if key not in TRAINING_ONLY}
-    keys.update(plugins=PLUGIN_NAME, stage="dpo", do_train=False, do_eval=need_rows, report_to="none")
+    keys.update(plugins=PLUGIN_NAME, shared_prefix=True, stage="dpo", do_train=False, do_eval=need_rows)
+    keys.update(report_to="none")
     keys["output_dir"] = output_dir
     if not keys.get("adapter_name_or_path"):
         keys.setdefault("finetuning_type", "lora")
@@ -115,6 +135,14 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
     collator = SharedPrefixCollator.of(processor, model, running.arguments)
     autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     return Session(
-        model.eval(), tokenizer, processor, template, rows, collator, running.arguments, recipe,
-        finetuning_args.pref_beta, autocast,
-    )  # fmt: skip
+        model.eval(),
+        tokenizer,
+        processor,
+        template,
+        rows,
+        collator,
+        running.arguments,
+        recipe,
+        finetuning_args.pref_beta,
+        autocast,
+    )

@@ -57,10 +57,16 @@ def weight_bytes(folder: Path) -> int | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [f"{rows[0]['n']} held-out pairs. \"{rows[0]['question']}\" (chosen: \"{rows[0]['chosen']}\")", ""]
+    lines = [f'{rows[0]["n"]} held-out pairs. "{rows[0]["question"]}" (chosen: "{rows[0]["chosen"]}")', ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for number, r in enumerate(rows):
-        size = "-" if r["bytes"] is None else f"{r['bytes'] / 1e6:.1f} MB" if r["bytes"] < 1e9 else f"{r['bytes'] / 1e9:.1f} GB"
+        size = (
+            "-"
+            if r["bytes"] is None
+            else f"{r['bytes'] / 1e6:.1f} MB"
+            if r["bytes"] < 1e9
+            else f"{r['bytes'] / 1e9:.1f} GB"
+        )
         interval = f"{r['accuracy']:.1%} [{r['accuracy_low']:.1%}, {r['accuracy_high']:.1%}]"
         bounds = "" if r["difference_low"] is None else f" [{r['difference_low']:+.1%}, {r['difference_high']:+.1%}]"
         against = f"{r['difference']:+.1%}{bounds}" if number else "-"

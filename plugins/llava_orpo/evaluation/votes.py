@@ -50,8 +50,15 @@ class VoteStore:
         if choice not in CHOICES:
             raise UserError(f"A choice is one of {', '.join(CHOICES)}; got {choice!r}.")
         outcome = "tie" if choice == "tie" else "ab"[(choice == "right") != flipped]
-        vote = {"key": pair.key, "dataset": pair.dataset, "pair_id": pair.pair_id, "choice": choice,
-                "flipped": flipped, "outcome": outcome, "time": round(time.time(), 3)}  # fmt: skip
+        vote = {
+            "key": pair.key,
+            "dataset": pair.dataset,
+            "pair_id": pair.pair_id,
+            "choice": choice,
+            "flipped": flipped,
+            "outcome": outcome,
+            "time": round(time.time(), 3),
+        }
         with self.path(rater).open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the same rater in two windows, or two servers
             _drop_cut_line(file)
@@ -75,9 +82,7 @@ class VoteStore:
                 vote = json.loads(line)
                 key, outcome = vote["key"], vote["outcome"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a vote ({error}). Repair or delete the line."
-                ) from error
+                raise UserError(f"{path}:{number}: not a vote ({error}). Repair or delete the line.") from error
             if outcome not in OUTCOMES:
                 raise UserError(f"{path}:{number}: outcome {outcome!r} is none of {', '.join(OUTCOMES)}.")
             if key in wanted:
@@ -135,20 +140,24 @@ def summarize(
         without a vote left out), agreement [{raters, n, agreement (same category), agreement_low, _high,
         kappa}] for every two raters with common pairs.
     """
-    decided = [
-        found for pair in pairs if (found := [votes[r][pair.key] for r in humans if pair.key in votes[r]])
-    ]
+    decided = [found for pair in pairs if (found := [votes[r][pair.key] for r in humans if pair.key in votes[r]])]
     agreement = []
     for one, other in itertools.combinations(votes, 2):
         common = [pair.key for pair in pairs if pair.key in votes[one] and pair.key in votes[other]]
         if common:
             sides = [votes[one][key] for key in common], [votes[other][key] for key in common]
-            same = sum(x == y for x, y in zip(*sides))
+            same = sum(x == y for x, y in zip(*sides, strict=True))
             low, high = wilson_interval(same, len(common))
             agreement.append(
-                {"raters": [one, other], "n": len(common), "agreement": same / len(common), "agreement_low": low,
-                 "agreement_high": high, "kappa": cohens_kappa(*sides)}
-            )  # fmt: skip
+                {
+                    "raters": [one, other],
+                    "n": len(common),
+                    "agreement": same / len(common),
+                    "agreement_low": low,
+                    "agreement_high": high,
+                    "kappa": cohens_kappa(*sides),
+                }
+            )
     return {
         "n_pairs": len(pairs),
         "raters": {rater: tally(list(found.values())) for rater, found in votes.items()},

@@ -46,10 +46,18 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
         seen = view(pairs, store, seed, rater, index)
         open_ = index < len(pairs)
         return [
-            rater, index, seen["progress"], gr.update(value=seen["image"], visible=seen["image"] is not None),
-            seen["question"], seen["left"], seen["right"], *[gr.update(interactive=open_)] * 3,
-            gr.update(interactive=index > 0), gr.update(visible=False), gr.update(visible=True),
-        ]  # fmt: skip
+            rater,
+            index,
+            seen["progress"],
+            gr.update(value=seen["image"], visible=seen["image"] is not None),
+            seen["question"],
+            seen["left"],
+            seen["right"],
+            *[gr.update(interactive=open_)] * 3,
+            gr.update(interactive=index > 0),
+            gr.update(visible=False),
+            gr.update(visible=True),
+        ]
 
     def start(name: str):
         try:
@@ -75,25 +83,21 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
         rater, index = gr.State(""), gr.State(0)
         with gr.Column(visible=True) as entrance:
             gr.Markdown(
-                "## Which answer is better?\nYou will see an image, a question and two answers. Vote for the answer that "
-                "is true of the image; if both are equally true, for the more helpful one."
+                "## Which answer is better?\nYou will see an image, a question and two answers. Vote for the answer "
+                "that is true of the image; if both are equally true, for the more helpful one."
             )
             name = gr.Textbox(label="Your name or initials (letters and digits)", elem_id="name")
             begin = gr.Button("Start", variant="primary", elem_id="start")
         with gr.Column(visible=False) as room:
             progress = gr.Markdown(elem_id="progress")
-            image = gr.Image(
-                type="filepath", interactive=False, show_label=False, height=420, elem_id="image"
-            )
+            image = gr.Image(type="filepath", interactive=False, show_label=False, height=420, elem_id="image")
             question = gr.Textbox(label="Question", interactive=False, lines=2, elem_id="question")
             with gr.Row():
                 left = gr.Textbox(label="Left answer", interactive=False, lines=8, elem_id="left")
                 right = gr.Textbox(label="Right answer", interactive=False, lines=8, elem_id="right")
             with gr.Row():
                 buttons = [
-                    gr.Button(
-                        text, variant="primary" if choice != "tie" else "secondary", elem_id=f"vote-{choice}"
-                    )
+                    gr.Button(text, variant="primary" if choice != "tie" else "secondary", elem_id=f"vote-{choice}")
                     for choice, text in (
                         ("left", "Left is better"),
                         ("tie", "No difference"),
@@ -104,24 +108,20 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
         shown = [rater, index, progress, image, question, left, right, *buttons, previous, entrance, room]
         begin.click(start, name, shown, api_name="start")
         name.submit(start, name, shown, api_name=False)
-        for button, choice in zip(buttons, ("left", "tie", "right")):
+        for button, choice in zip(buttons, ("left", "tie", "right"), strict=True):
             button.click(vote(choice), [rater, index], shown, api_name=f"vote_{choice}")
         previous.click(back, [rater, index], shown, api_name="back")
     return page
 
 
-def report(
-    a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge: Path | None
-) -> dict[str, Any]:
+def report(a: str, b: str, pairs: Sequence[AnswerPair], store: VoteStore, judge: Path | None) -> dict[str, Any]:
     """Prints and writes (report.json beside the votes) win rates and agreement."""
     people = store.raters()
     votes = {rater: store.outcomes(rater, pairs) for rater in people}
     people = [rater for rater in people if votes[rater]]
     votes = {rater: votes[rater] for rater in people}
     if not people:
-        raise UserError(
-            f"{store.folder} has no votes on these answers. Open the page first (without report=true)."
-        )
+        raise UserError(f"{store.folder} has no votes on these answers. Open the page first (without report=true).")
     if judge:
         outcomes = json.loads(judge.read_text(encoding="utf-8"))["outcomes"]
         keys = {pair.key for pair in pairs}
@@ -131,14 +131,14 @@ def report(
     summary = summarize(pairs, votes, people)
     summary.update(a=a, b=b)
     write_json(store.folder / "report.json", summary)
-    print(
-        f"majority of {len(people)} rater{'s' * (len(people) > 1)}: {tally_text(a, b, summary['majority'])}"
-    )
+    print(f"majority of {len(people)} rater{'s' * (len(people) > 1)}: {tally_text(a, b, summary['majority'])}")
     for rater, counts in summary["raters"].items():
         print(f"{rater}: {tally_text(a, b, counts)}")
     for line in summary["agreement"]:
         kappa = "undefined" if line["kappa"] is None else f"{line['kappa']:.3f}"
-        print(f"{' and '.join(line['raters'])}: agree on {line['agreement']:.1%} "
-              f"[{line['agreement_low']:.1%}, {line['agreement_high']:.1%}] of {line['n']} pairs, kappa {kappa}")  # fmt: skip
+        print(
+            f"{' and '.join(line['raters'])}: agree on {line['agreement']:.1%} "
+            f"[{line['agreement_low']:.1%}, {line['agreement_high']:.1%}] of {line['n']} pairs, kappa {kappa}"
+        )
     print(f"  {store.folder / 'report.json'}")
     return summary

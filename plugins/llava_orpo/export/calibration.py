@@ -44,20 +44,15 @@ class Source:
     def __post_init__(self):
         if not self.path.exists():
             raise DataError(
-                f"{self.path} does not exist; --data takes a parquet file, a folder of them, or a "
-                "registered name."
+                f"{self.path} does not exist; --data takes a parquet file, a folder of them, or a registered name."
             )
         try:
             names = set(self.open().schema.names)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{self.path} is no parquet file, or a damaged one: {error}") from error
         missing = {"question", "chosen", "rejected", "image"} - names
-        if missing and not (
-            "image" in names and "text" in names
-        ):  # RLHF-V keeps the three texts in one column
-            raise DataError(
-                f"{self.path} has no column {', '.join(sorted(missing))}: it is not in RLAIF-V's schema."
-            )
+        if missing and not ("image" in names and "text" in names):  # RLHF-V keeps the three texts in one column
+            raise DataError(f"{self.path} has no column {', '.join(sorted(missing))}: it is not in RLAIF-V's schema.")
 
     def open(self) -> pyarrow.dataset.Dataset:
         return pyarrow.dataset.dataset(self.path, format="parquet")
@@ -74,9 +69,7 @@ def find_source(data: str, registry: Path) -> Source:
     entries = read_json(registry / "dataset_info.json")
     entry = entries.get(data)
     if entry is None:
-        raise DataError(
-            f"{registry}/dataset_info.json has no dataset {data!r}; it has {', '.join(sorted(entries))}."
-        )
+        raise DataError(f"{registry}/dataset_info.json has no dataset {data!r}; it has {', '.join(sorted(entries))}.")
     if entry.get("formatting") != "rlaif_v" or "file_name" not in entry:
         raise DataError(
             f"{data} is not a local file in RLAIF-V's schema; download it and give the parquet file to "
@@ -109,7 +102,7 @@ def choose_pairs(
     passed: Counter = Counter()
     while order and len(found) < count:
         batch, order = order[: count - len(found)], order[count - len(found) :]
-        for row, value in zip(batch, dataset.take(batch, columns=["image"])["image"].to_pylist()):
+        for row, value in zip(batch, dataset.take(batch, columns=["image"])["image"].to_pylist(), strict=True):
             try:
                 question, chosen, rejected = rows.preference_texts(table[row])
                 data = _image_bytes(value, source.path)
@@ -137,15 +130,12 @@ def _image_bytes(value: dict[str, Any] | None, file: Path) -> bytes:
 def checkpoint_conversation(processor, folder: Path) -> Conversation:
     """The conversation whose prompt the folder's chat template renders. Raises CheckpointError: none does."""
     content = [{"type": "image"}, {"type": "text", "text": PROBE}]
-    rendered = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     for conversation in CONVERSATIONS.values():
         if conversation.render_prompt(PROBE, has_image=True) == rendered:
             return conversation
     raise CheckpointError(
-        f"{folder}: its chat template writes {rendered!r}, which is no LLaVA-1.6 template "
-        f"({', '.join(CONVERSATIONS)})."
+        f"{folder}: its chat template writes {rendered!r}, which is no LLaVA-1.6 template ({', '.join(CONVERSATIONS)})."
     )
 
 
@@ -153,9 +143,7 @@ class _Reached(Exception):
     pass
 
 
-def embed_pairs(
-    model, processor, conversation: Conversation, pairs: list[dict], device: torch.device
-) -> list[dict]:
+def embed_pairs(model, processor, conversation: Conversation, pairs: list[dict], device: torch.device) -> list[dict]:
     """What the language model is given for each pair: {"inputs_embeds": (1, T, hidden), "position_ids": (1,
     T)}, on CPU.
 
@@ -189,17 +177,13 @@ def embed_pairs(
     return samples
 
 
-def _inputs(
-    model, processor, conversation: Conversation, pairs: list[dict]
-) -> Iterator[dict[str, torch.Tensor]]:
+def _inputs(model, processor, conversation: Conversation, pairs: list[dict]) -> Iterator[dict[str, torch.Tensor]]:
     geometry = AnyresGeometry.from_config(model.config)
     for pair in pairs:
         picture = images.decode_rgb(pair["image"])
         texts = ([pair["question"]], [pair["chosen"]], [pair["rejected"]], [True])
         ((prompt, chosen, _),) = conversation.encode_pairs(processor.tokenizer, *texts)
-        prompt = expand_image_token(
-            prompt, model.config.image_token_id, geometry.num_image_tokens(*picture.size)
-        )
+        prompt = expand_image_token(prompt, model.config.image_token_id, geometry.num_image_tokens(*picture.size))
         features = processor.image_processor([picture], return_tensors="pt")
         yield {
             "input_ids": torch.tensor([prompt + chosen]),

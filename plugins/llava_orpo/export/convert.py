@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from ..checkpoint.files import (
     CheckpointError,
@@ -79,22 +78,18 @@ def plan_next(source: Path, files_from: Path | None, vision_tower: Path | None) 
     files, tokenizer = target_files(source, "llava_next", files_from, make)
     config = json.loads(files["config.json"])
     if EMBEDDING not in names:
-        raise CheckpointError(
-            f"{source} holds no embedding (model.embed_tokens.weight): not a whole checkpoint."
-        )
+        raise CheckpointError(f"{source} holds no embedding (model.embed_tokens.weight): not a whole checkpoint.")
     shapes = {name: where.shapes[there] for name, (where, there) in names.items()}
     added = config["text_config"]["vocab_size"] - original["vocab_size"]
     if added < 0:
-        raise CheckpointError(
-            f"{source}: vocabulary of {original['vocab_size']}, but {-added} fewer rows wanted."
-        )
+        raise CheckpointError(f"{source}: vocabulary of {original['vocab_size']}, but {-added} fewer rows wanted.")
 
     @functools.cache
     def rows() -> dict[str, torch.Tensor]:
         if (source / ROWS).is_file() and files_from is None:
             return load_file(source / ROWS)
         where, there = names[EMBEDDING]
-        return dict(zip((EMBEDDING, LM_HEAD), padding_rows(where.read(there), added)))
+        return dict(zip((EMBEDDING, LM_HEAD), padding_rows(where.read(there), added), strict=True))
 
     def read(name: str) -> torch.Tensor:
         where, there = names[name]
@@ -118,15 +113,11 @@ def plan_original(source: Path, files_from: Path | None) -> Plan:
     weights = open_weights(source)
     published = published_names(name for name in weights.shapes if not RECOMPUTED.search(name))
     names = {to_original(name): (weights, there) for name, there in published.items()}
-    files, tokenizer = target_files(
-        source, "original", files_from, functools.partial(make_original_files, source)
-    )
+    files, tokenizer = target_files(source, "original", files_from, functools.partial(make_original_files, source))
     vocabulary = json.loads(files["config.json"])["vocab_size"]
     padded = weights.shapes[published[EMBEDDING]][0]
     if vocabulary > padded:
-        raise CheckpointError(
-            f"{source} has {padded} vocabulary rows; the original config wants {vocabulary}."
-        )
+        raise CheckpointError(f"{source} has {padded} vocabulary rows; the original config wants {vocabulary}.")
     cut = {to_original(EMBEDDING), to_original(LM_HEAD)} & names.keys()
     shapes = {name: where.shapes[there] for name, (where, there) in names.items()}
     shapes |= {name: (vocabulary, *shapes[name][1:]) for name in cut}
@@ -146,9 +137,7 @@ def make_plan(source: Path, files_from: Path | None, vision_tower: Path | None) 
     """Read configs and headers, check everything, read no weights. Raises CheckpointError."""
     if read_json(source / "config.json").get("model_type") == "llava_next":
         if vision_tower is not None:
-            raise CheckpointError(
-                "--vision-tower is for original checkpoints; this one is in transformers layout."
-            )
+            raise CheckpointError("--vision-tower is for original checkpoints; this one is in transformers layout.")
         return plan_original(source, files_from)
     return plan_next(source, files_from, vision_tower)
 
@@ -169,7 +158,6 @@ def convert(source: Path, out: Path, plan: Plan, max_shard_gb: float = 5.0, over
         (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
         if plan.dropped_rows:
             save_file(plan.dropped_rows(), partial / ROWS, metadata={"format": "pt"})
-        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"to {plan.target}") as bar:
-            write_shards(partial, sizes, plan.read, max_shard_gb, lambda name: bar.update(sizes[name]))
+        write_shards(partial, sizes, plan.read, max_shard_gb, what=f"to {plan.target}")
         if plan.target == "llava_next":
             check_folder(partial)

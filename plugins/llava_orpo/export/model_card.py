@@ -28,7 +28,11 @@ NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.b
 def is_stock(readme: Path) -> bool:
     """Whether a README.md is the template that PEFT or the Trainer writes beside an adapter: nobody's own text."""
     text = readme.read_text(encoding="utf-8")
-    return "[More Information Needed]" in text or "has been generated automatically according to" in text or MADE_BY in text
+    return (
+        "[More Information Needed]" in text
+        or "has been generated automatically according to" in text
+        or MADE_BY in text
+    )
 
 
 MADE_BY = "<!-- Written by scripts/model_card.py of LLaVA-ORPO. -->"
@@ -47,9 +51,14 @@ def sources(recipe: dict[str, Any], registry: dict[str, dict]) -> dict[str, str]
 
 
 def make_card(
-    name: str, recipe: dict[str, Any], recipe_name: str, data: dict[str, str], history: list[dict],
-    adapter: bool = False, licence: str | None = None,
-) -> str:  # fmt: skip
+    name: str,
+    recipe: dict[str, Any],
+    recipe_name: str,
+    data: dict[str, str],
+    history: list[dict],
+    adapter: bool = False,
+    licence: str | None = None,
+) -> str:
     """The text of the card. name: the Hub address, or a short name; history: entries of preference_eval.json."""
     base = str(recipe["model_name_or_path"])
     hub_base = not Path(base).exists() and base.count("/") == 1
@@ -80,9 +89,9 @@ def make_card(
         "## Data and licences\n\n" + licences(base, data, licence),
         f"## Recipe\n\n`llamafactory-cli train {recipe_name}` with LLaMA-Factory and the llava_orpo plugin:\n\n"
         "```yaml\n" + yaml.safe_dump(public(recipe), sort_keys=False) + "```",
-        "## Limits\n\nAligned to prefer the answers that its data marks as more faithful to the image. It still invents "
-        "things, and was not tested for safety. Preference accuracy says which of two given answers the model finds "
-        "likelier, not how often its own answers are right.",
+        "## Limits\n\nAligned to prefer the answers that its data marks as more faithful to the image. It still "
+        "invents things, and was not tested for safety. Preference accuracy says which of two given answers the model "
+        "finds likelier, not how often its own answers are right.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -22,21 +22,48 @@ OF_LLAVA_16 = {
     "mm_projector_type": "mlp2x_gelu",
 }
 NEEDED_KEYS = (
-    "image_grid_pinpoints", "mm_vision_select_feature", "mm_vision_select_layer", "mm_vision_tower",
+    "image_grid_pinpoints",
+    "mm_vision_select_feature",
+    "mm_vision_select_layer",
+    "mm_vision_tower",
     "vocab_size",
-)  # fmt: skip
+)
 # Keys of the LLM that both layouts know.
 TEXT_KEYS = (
-    "_name_or_path", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act",
-    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-    "num_hidden_layers", "num_key_value_heads", "pad_token_id", "pretraining_tp", "rms_norm_eps",
-    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "torch_dtype", "use_cache",
-)  # fmt: skip
+    "_name_or_path",
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "pretraining_tp",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_cache",
+)
 CLIP_L_336 = {
-    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
     "vocab_size": 32000,
-}  # fmt: skip
+}
 SELECT_STRATEGY = {"patch": "default", "cls_patch": "full"}  # LLaVA's name -> transformers'
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -187,8 +214,12 @@ def image_settings(config: dict) -> dict[str, dict]:
     preprocessor = {
         "aspect_ratio_setting": "anyres",
         "crop_size": {"height": side, "width": side},
-        "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_pad": True,
-        "do_rescale": True, "do_resize": True,
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
         "image_grid_pinpoints": config["image_grid_pinpoints"],
         "image_mean": CLIP_MEAN,
         "image_processor_type": "LlavaNextImageProcessor",
@@ -197,7 +228,7 @@ def image_settings(config: dict) -> dict[str, dict]:
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": side},
-    }  # fmt: skip
+    }
     processor = {
         "image_token": "<image>",
         "num_additional_image_tokens": 1,

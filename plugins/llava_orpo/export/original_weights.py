@@ -84,9 +84,7 @@ def open_weights(folder: Path) -> Weights:
     table = tensor_table(folder)
     strange = {entry[0] for entry in table.values()} - SAFETENSORS_DTYPES.keys()
     if strange:
-        raise CheckpointError(
-            f"{folder} holds {some(strange)} tensors; only unquantized checkpoints are converted."
-        )
+        raise CheckpointError(f"{folder} holds {some(strange)} tensors; only unquantized checkpoints are converted.")
     order = sorted(table, key=lambda name: table[name][2])
     return Weights(
         {name: table[name][1] for name in order},

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint.files import CheckpointError, check_disk, check_output, fresh_folder, processor_files
 from ..checkpoint.published import check_folder, load_checked, read_config
+from ..progress import waiting
 from . import calibration
 from .quantized_folder import check_reload, hidden_states, is_quantized, packed_state, weight_scheme, write_folder
 
@@ -49,9 +50,7 @@ def quantize(args: argparse.Namespace) -> None:
     processor = AutoProcessor.from_pretrained(args.model)
     conversation = calibration.checkpoint_conversation(processor, args.model)
     model = load_checked(args.model, dtype="auto").eval()
-    device = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with torch.no_grad():
         samples = calibration.embed_pairs(model, processor, conversation, pairs, device)
     tokens = sum(sample["inputs_embeds"].shape[1] for sample in samples)
@@ -107,19 +106,31 @@ def quantize_decoder(decoder, samples: list[dict], method: str, group_size: int,
     if method == "gptq":
         recipe = [GPTQModifier(config_groups=groups, actorder="static")]
     else:
-        mappings = [
-            AWQMapping(_layer(smooth), [_layer(name) for name in balance]) for smooth, balance in AWQ_MAPPINGS
-        ]
+        mappings = [AWQMapping(_layer(smooth), [_layer(name) for name in balance]) for smooth, balance in AWQ_MAPPINGS]
         recipe = [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=groups)]
     # oneshot reads config.json there, to see that the model is not quantized yet.
     decoder.config._name_or_path = str(folder)
     # AWQ pins its samples for an accelerator even where there is none, and torch then fails.
     pinning = mock.patch.object(IntermediatesCache, "pin_memory", lambda *_: None)
-    with nullcontext() if torch.accelerator.is_available() else pinning:
+    compressing = mock.patch.object(GPTQModifier, "compress_module_list", _shown(GPTQModifier.compress_module_list))
+    with nullcontext() if torch.accelerator.is_available() else pinning, compressing:
         oneshot(
-            model=decoder, recipe=recipe, dataset=DataLoader(samples, batch_size=None), pipeline="sequential",
+            model=decoder,
+            recipe=recipe,
+            dataset=DataLoader(samples, batch_size=None),
+            pipeline="sequential",
             num_calibration_samples=len(samples),
-        )  # fmt: skip
+        )
+
+
+def _shown(compress):
+    """GPTQ's work after each block, which takes minutes on a CPU and shows nothing by itself."""
+
+    def compress_module_list(*args, **kwargs):
+        with waiting("compressing the block's layers"):
+            return compress(*args, **kwargs)
+
+    return compress_module_list
 
 
 def _layer(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.files import CheckpointError, copy_files, processor_files, some, write_shards
 from ..checkpoint.published import LM_HEAD, RECOMPUTED, check_load, published_name
+from ..progress import waiting
 
 BLOCK_LINEAR = re.compile(
     r"language_model\.model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight"
@@ -97,9 +98,12 @@ def write_folder(folder: Path, state: dict[str, torch.Tensor], base: Path, schem
     copy_files(base, processor_files(base), folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_shards(
-        folder, {name: tensor.nbytes for name, tensor in state.items()},
-        lambda name: state[name].detach().to("cpu").contiguous(), max_shard_gb=5.0,
-    )  # fmt: skip
+        folder,
+        {name: tensor.nbytes for name, tensor in state.items()},
+        lambda name: state[name].detach().to("cpu").contiguous(),
+        max_shard_gb=5.0,
+        what="writing the quantized weights",
+    )
 
 
 def check_reload(folder: Path, sample: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
@@ -112,20 +116,13 @@ def check_reload(folder: Path, sample: dict[str, torch.Tensor], expected: torch.
 
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
     check_load(info, folder)
-    with torch.no_grad():
-        model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long)
-        )  # the whole model's first forward unpacks the weights
-    difference = (
-        hidden_states(model.model.language_model, sample) - expected
-    ).abs().max() / expected.abs().max()
+    with torch.no_grad(), waiting("unpacking and comparing"):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # the whole model's first forward unpacks the weights
+        found = hidden_states(model.model.language_model, sample)
+    difference = (found - expected).abs().max() / expected.abs().max()
     limit = 1e-4 if sample["inputs_embeds"].dtype == torch.float32 else 2e-2
     if not difference <= limit:
         raise CheckpointError(
-            f"{folder} does not compute what was quantized: hidden states differ by {difference:.2g} of the "
-            "largest."
+            f"{folder} does not compute what was quantized: hidden states differ by {difference:.2g} of the largest."
         )
-    print(
-        f"Loaded again: nothing missing, hidden states differ by {difference:.1e} of the largest "
-        f"(limit {limit:.0e})"
-    )
+    print(f"Loaded again: nothing missing, hidden states differ by {difference:.1e} of the largest (limit {limit:.0e})")

@@ -28,7 +28,7 @@ def keep_entries(original):
                 info = json.load(f)
         else:
             info = {}
-        for name, attribute in zip(dataset_names or [], attributes):
+        for name, attribute in zip(dataset_names or [], attributes, strict=True):
             if attribute.formatting == "rlaif_v":
                 attribute.llava_orpo = rlaif_v.read_request(name, info.get(name, {}), current().arguments)
         return attributes
@@ -63,7 +63,11 @@ def align(original):
         current().considered += request.considered
         logger.info_rank0(
             f"{request.name}: {len(aligned)} pairs of {len(dataset)} rows"
-            + (f" ({request.part} part, heldout_fraction {current().arguments.heldout_fraction})" if request.part else "")
+            + (
+                f" ({request.part} part, heldout_fraction {current().arguments.heldout_fraction})"
+                if request.part
+                else ""
+            )
             + (f"; {len(request.skipped)} rows skipped" if request.skipped else "")
             + "."
         )
@@ -107,7 +111,7 @@ def drop_skipped(tokenized):
     reasons, ids, names = tokenized["skip"], tokenized["pair_id"], tokenized["dataset"]
     skipped = [
         {"stage": "tokenizing", "dataset": name, "pair_id": pair_id, "reason": reason}
-        for name, pair_id, reason in zip(names, ids, reasons)
+        for name, pair_id, reason in zip(names, ids, reasons, strict=True)
         if reason
     ]
     if skipped:

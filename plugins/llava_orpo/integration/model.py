@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
+
+from peft.tuners.tuners_utils import BaseTuner
 
 from ..checkpoint.adapter import check_adapter
 from ..checkpoint.files import check_output, resolve_model_dir
@@ -76,11 +79,13 @@ def published_export(original):
         check_output(model_args.export_dir, overwrite)
         for path in model_args.adapter_name_or_path or []:
             check_adapter(path, base)
-        model = original(tokenizer, model_args, finetuning_args, *args, **kwargs)
+        merge = functools.partialmethod(BaseTuner.merge_and_unload, progressbar=True)  # minutes for a 7B, silent else
+        with mock.patch.object(BaseTuner, "merge_and_unload", merge):
+            model = original(tokenizer, model_args, finetuning_args, *args, **kwargs)
 
         def save_pretrained(save_directory, max_shard_size="5GB", **_):
             gigabytes = float(str(max_shard_size).removesuffix("GB"))
-            save_published(model, save_directory, base, max_shard_gb=gigabytes, overwrite=overwrite)
+            save_published(model, save_directory, base, max_shard_gb=gigabytes, overwrite=overwrite, show_progress=True)
 
         model.save_pretrained = save_pretrained
         return model

@@ -146,6 +146,18 @@ def grounding(
     return result
 
 
+def grounding_of_common(true: Sequence[ScoredPair], grey: Sequence[ScoredPair], other: Sequence[ScoredPair]):
+    """`grounding` over the pairs that all three sets hold; None where there are none.
+
+    A pair can be scored under some conditions only: its own image is damaged but a grey one is made, or its own can be
+    decoded but the one it was to show under `other` cannot.
+    """
+    common = {pair.key for pair in true} & {pair.key for pair in grey} & {pair.key for pair in other}
+    if not common:
+        return None
+    return grounding(*([pair for pair in pairs if pair.key in common] for pairs in (true, grey, other)))
+
+
 def _flat_metrics(pairs: Sequence[ScoredPair], beta: float) -> dict:
     chosen, rejected = np.array([pair.mean_logps for pair in pairs], dtype=np.float64).T
     margins = chosen - rejected

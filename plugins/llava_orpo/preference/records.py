@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import read_jsonl, write_atomic, write_jsonl
 
+PAIRS, HISTORY, EXAMPLES = "preference_pairs", "preference_eval.json", "preference_examples.jsonl"  # file names
 HISTORY_FORMAT = 1
 CONDITIONS = ("true", "grey", "other")  # the row's own image, a grey one, another row's
 TEXT_FIELDS = ("pair_id", "dataset", "subset", "source", "question_type", "image_hash")
@@ -139,6 +140,9 @@ def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
             content = json.load(file)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}). Move it away and run again.") from error
-    if not isinstance(content, dict) or content.get("format") != HISTORY_FORMAT:
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason}). Move it away and run again.") from error
+    known = isinstance(content, dict) and content.get("format") == HISTORY_FORMAT
+    if not known or not isinstance(content.get("history"), list):
         raise UserError(f"{path}: no preference history of format {HISTORY_FORMAT}. Move it away and run again.")
     return content["history"]

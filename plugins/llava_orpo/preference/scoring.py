@@ -82,7 +82,7 @@ def unique_ids(rows) -> list[str]:
     """pair_id of every row, made unique within its dataset (`#2`, `#3`, … for repeats; the position if empty)."""
     seen: dict[tuple[str, str], int] = {}
     ids = []
-    for position, (name, pair_id) in enumerate(zip(rows["dataset"], rows["pair_id"])):
+    for position, (name, pair_id) in enumerate(zip(rows["dataset"], rows["pair_id"], strict=True)):
         pair_id = pair_id or f"row-{position}"
         count = seen[name, pair_id] = seen.get((name, pair_id), 0) + 1
         ids.append(pair_id if count == 1 else f"{pair_id}#{count}")

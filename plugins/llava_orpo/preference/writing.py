@@ -11,10 +11,8 @@ from ..data import image_store, images
 from ..errors import UserError
 from ..files import write_jsonl
 from . import metrics
-from .records import CONDITIONS, ScoredPair, append_history, write_pairs
+from .records import CONDITIONS, EXAMPLES, HISTORY, PAIRS, ScoredPair, append_history, write_pairs
 from .scoring import ScoredRow
-
-PAIRS, HISTORY, EXAMPLES = "preference_pairs", "preference_eval.json", "preference_examples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -44,26 +42,19 @@ class Evaluation:
     def of(
         cls, rows, merged: dict[str, tuple[list[ScoredRow], list[ScoredRow]]], beta: float, min_subset: int
     ) -> Evaluation:
-        """What `scoring.merge` gave per condition for the set `rows`, with its metrics. Raises UserError when no pair was scored."""
+        """What `scoring.merge` gave per condition for the set `rows`, with its metrics.
+
+        Raises UserError when no pair was scored.
+        """
         scored = {condition: good for condition, (good, _) in merged.items()}
         unusable = merged["true"][1]
         if not scored["true"]:
             reason = unusable[0].bad_image if unusable else "the evaluation set is empty"
             raise UserError(f"No pair of the evaluation set could be scored: {reason}")
         summary = metrics.summarize(pairs_of(scored["true"]), beta=beta, min_subset=min_subset)
-        return cls(dataset_names(rows), scored, unusable, summary, _grounding(scored))
-
-
-def _grounding(scored: dict[str, list[ScoredRow]]) -> dict[str, Any] | None:
-    """`Evaluation.grounding`. A row can have a score under some conditions only: its own image cannot be decoded but a
-    grey one is made, or it can but the image it was to show under `other` cannot."""
-    if not all(condition in scored for condition in CONDITIONS):
-        return None
-    pairs = {condition: pairs_of(scored[condition]) for condition in CONDITIONS}
-    common = set.intersection(*({pair.key for pair in side} for side in pairs.values()))
-    if not common:
-        return None
-    return metrics.grounding(*([pair for pair in pairs[condition] if pair.key in common] for condition in CONDITIONS))
+        pairs = [pairs_of(scored[condition]) for condition in CONDITIONS if condition in scored]
+        grounding = metrics.grounding_of_common(*pairs) if len(pairs) == len(CONDITIONS) else None
+        return cls(dataset_names(rows), scored, unusable, summary, grounding)
 
 
 def pairs_of(rows: Sequence[ScoredRow]) -> list[ScoredPair]:

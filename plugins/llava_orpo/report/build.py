@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bokeh.embed import json_item
 
-from ..preference.metrics import GROUP_KEYS, compare, grounding, summarize
+from ..preference.metrics import GROUP_KEYS, compare, grounding_of_common, summarize
 from . import charts
 from .examples import choose_examples
 from .inputs import CONDITIONS, Run, read_texts
@@ -196,9 +196,7 @@ def grounding_chart(after: Run, before: Run | None, tables: list[dict], figures:
     if not tables:
         return None
     dataset = tables[0]["dataset"]
-    history = [
-        entry["grounding"] for entry in after.history if entry["dataset"] == dataset and entry["grounding"]
-    ]
+    history = [entry["grounding"] for entry in after.history if entry["dataset"] == dataset and entry["grounding"]]
     now = _measure_grounding(after, dataset) or (history[-1] if history else None)
     if not now:
         return None
@@ -206,9 +204,7 @@ def grounding_chart(after: Run, before: Run | None, tables: list[dict], figures:
     sides = [("after", now, charts.AFTER)]
     if earlier:
         sides.insert(0, ("before", earlier, charts.BEFORE))
-    figures["grounding-bars"] = charts.grounding_bars(
-        sides, {"true": "own", "grey": "grey", "other": "another"}
-    )
+    figures["grounding-bars"] = charts.grounding_bars(sides, {"true": "own", "grey": "grey", "other": "another"})
     return {"after": now, "sides": sides, "legend": [(label, color) for label, _, color in sides]}
 
 
@@ -220,7 +216,7 @@ def _pairs_of(run: Run, dataset: str, condition: str = "true") -> list:
 
 def _measure_grounding(run: Run, dataset: str) -> dict | None:
     conditions = [_pairs_of(run, dataset, condition) for condition in CONDITIONS]
-    return grounding(*conditions) if all(conditions) else None
+    return grounding_of_common(*conditions)
 
 
 def _series(label: str, points: list[tuple[float, float]], color: str) -> dict:

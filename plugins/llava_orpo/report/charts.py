@@ -41,9 +41,13 @@ def lines(series: Sequence[dict], percent: bool = False, small: bool = False) ->
             plot.varea(one["steps"], one["low"], one["high"], fill_color=one["color"], fill_alpha=0.18)
         dense = len(one["steps"]) >= 60 and not one.get("dots")
         line = plot.line(
-            "step", "value", source=source, line_color=one["color"], line_width=1 if dense else 2,
+            "step",
+            "value",
+            source=source,
+            line_color=one["color"],
+            line_width=1 if dense else 2,
             line_alpha=0.35 if dense else 1.0,
-        )  # fmt: skip
+        )
         if dense:
             steps, smooth = _moving_mean(one["steps"], one["values"])
             plot.line(steps, smooth, line_color=one["color"], line_width=2)
@@ -111,9 +115,16 @@ def margin_histogram(sides: Sequence[tuple[str, Sequence[ScoredPair], str]]) -> 
         counts, _ = np.histogram(margins[label], bins=edges)
         data = {"left": edges[:-1], "right": edges[1:], "share": counts / counts.sum(), "count": counts}
         bars = plot.quad(
-            left="left", right="right", top="share", bottom=0, source=ColumnDataSource(data),
-            fill_color=color, fill_alpha=0.45, line_color=color, line_width=1,
-        )  # fmt: skip
+            left="left",
+            right="right",
+            top="share",
+            bottom=0,
+            source=ColumnDataSource(data),
+            fill_color=color,
+            fill_alpha=0.45,
+            line_color=color,
+            line_width=1,
+        )
         tooltips = [(label, "@share{0.0%} (@count pairs)"), ("margin", "@left{0.000} to @right{0.000}")]
         plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltips))
     return plot
@@ -134,9 +145,7 @@ def margin_by_length(pairs: Sequence[ScoredPair], color: str) -> tuple[figure, i
         }
     )
     alpha = 0.6 if len(pairs) < 500 else 0.3
-    points = plot.scatter(
-        "difference", "margin", source=source, size=6, color=color, alpha=alpha, line_color=None
-    )
+    points = plot.scatter("difference", "margin", source=source, size=6, color=color, alpha=alpha, line_color=None)
     tooltips = [("pair", "@pair_id"), ("longer by", "@difference tokens"), ("margin", "@margin{0.000}")]
     plot.add_tools(HoverTool(renderers=[points], tooltips=tooltips))
     return plot, len(pairs)
@@ -166,12 +175,8 @@ def grounding_bars(sides: Sequence[tuple[str, dict, str]], names: dict[str, str]
                 "n": [m["n"] for m in metrics],
             }
         )
-        bars = plot.vbar(
-            x="condition", top="accuracy", width=width, source=source, color=color, fill_alpha=0.4
-        )
-        whisker = Whisker(
-            base="condition", lower="low", upper="high", source=source, line_color=color, line_width=2
-        )  # fmt: skip
+        bars = plot.vbar(x="condition", top="accuracy", width=width, source=source, color=color, fill_alpha=0.4)
+        whisker = Whisker(base="condition", lower="low", upper="high", source=source, line_color=color, line_width=2)
         whisker.upper_head.line_color = whisker.lower_head.line_color = color
         whisker.upper_head.size = whisker.lower_head.size = 8
         plot.add_layout(whisker)

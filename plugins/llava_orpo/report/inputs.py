@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import inside, read_jsonl
-from ..preference.records import CONDITIONS, ScoredPair, read_history, read_pairs
-from ..preference.writing import EXAMPLES, HISTORY, PAIRS
+from ..preference.records import CONDITIONS, EXAMPLES, HISTORY, PAIRS, ScoredPair, read_history, read_pairs
 
 Key = tuple[str, str]  # (dataset, pair_id)
 # trainer_log.jsonl has LLaMA-Factory's names for what trainer_state.json calls by TRL's.
@@ -47,9 +46,7 @@ def read_run(folder: Path) -> Run:
         UserError: a damaged file, named with its line.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder. Give a recipe's or evals/preference.py's output_dir."
-        )
+        raise FileNotFoundError(f"{folder}: no such folder. Give a recipe's or evals/preference.py's output_dir.")
     pairs: dict[str, list[ScoredPair]] = {condition: [] for condition in CONDITIONS}
     for path in sorted(folder.glob(f"{PAIRS}*.jsonl")):  # a file per evaluation set and image condition
         for pair in read_pairs(path):
@@ -78,9 +75,7 @@ def read_texts(run: Run, generations: Path | None) -> dict[Key, Texts]:
                 if not isinstance(line.get(field), str):
                     raise UserError(f"{where}: field {field!r} must be a string, got {line.get(field)!r}.")
             answers = line.get("answers") or {}
-            if not isinstance(answers, dict) or not all(
-                isinstance(answer, str) for answer in answers.values()
-            ):
+            if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
                 raise UserError(f"{where}: 'answers' must map model names to strings.")
             key = (line["dataset"], line["pair_id"])
             earlier = texts.get(key)
@@ -104,9 +99,7 @@ def _image_path(folder: Path, image: dict | None, where: str) -> Path | None:
 
 
 def _read_training_log(folder: Path) -> list[dict]:
-    checkpoints = sorted(
-        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
-    )
+    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     for path in [folder / "trainer_state.json", *reversed(checkpoints)]:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))["log_history"]
@@ -131,13 +124,7 @@ def _read_facts(folder: Path) -> dict[str, str]:
     if adapter.exists():
         config = json.loads(adapter.read_text(encoding="utf-8"))
         facts["Base model"] = Path(config["base_model_name_or_path"]).name
-        kind = (
-            "DoRA"
-            if config.get("use_dora")
-            else "LoRA"
-            if config["peft_type"] == "LORA"
-            else config["peft_type"]
-        )
+        kind = "DoRA" if config.get("use_dora") else "LoRA" if config["peft_type"] == "LORA" else config["peft_type"]
         facts["Adapter"] = f"{kind}, rank {config['r']}" if "r" in config else kind
     results = folder / "all_results.json"
     if results.exists():

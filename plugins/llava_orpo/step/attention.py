@@ -59,8 +59,7 @@ def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
     inner = unwrap(model)
     if inner.config.model_type != "llava_next" and not text_only:
         raise UserError(
-            f"shared_prefix serves model type 'llava_next', not {inner.config.model_type!r}:"
-            " set shared_prefix: false"
+            f"shared_prefix serves model type 'llava_next', not {inner.config.model_type!r}: set shared_prefix: false"
         )
     config = inner.config.get_text_config()
     _check_full_attention(config)
@@ -99,7 +98,8 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
 
     image_inputs: what the model's image processor made, one entry per group that has an image, in the order of the
     groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2)); handed to the model
-    as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would ignore the layout and attend wrongly without a word.
+    as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would
+    ignore the layout and attend wrongly without a word.
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call shared_attention.enable first")
@@ -168,9 +168,13 @@ def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float 
     parts = [part for group in layout.groups for part in group]
     sizes = [root + tail for root, tail in layout.groups]
     queries = query.split(parts, dim=2)
-    rows = zip(layout.groups, queries[::2], queries[1::2], key.split(sizes, dim=2), value.split(sizes, dim=2))
+    rows = zip(
+        layout.groups, queries[::2], queries[1::2], key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
+    )
     outputs = []
-    for ((root, _), root_query, tail_query, keys, values), mask in zip(rows, layout.tail_masks(query.dtype)):
+    for ((root, _), root_query, tail_query, keys, values), mask in zip(
+        rows, layout.tail_masks(query.dtype), strict=True
+    ):
         if root:
             outputs.append(attend(root_query, keys[:, :, :root], values[:, :, :root], is_causal=True))
         outputs.append(attend(tail_query, keys, values, attn_mask=mask))
@@ -181,9 +185,9 @@ def _read_positions_attention(query, key, value, layout: SharedPrefixLayout, sca
     """The last layer's: queries at `layout.read.positions` only, few enough for one masked call per group."""
     attend, key, value = _kernel(query, key, value, scale, dropout)
     sizes = [root + tail for root, tail in layout.groups]
-    rows = zip(query.split(layout.read.counts, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2))
+    rows = zip(query.split(layout.read.counts, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
     masks = layout.read_masks(query.dtype)
-    return torch.cat([attend(*parts, attn_mask=mask) for parts, mask in zip(rows, masks)], dim=2)
+    return torch.cat([attend(*parts, attn_mask=mask) for parts, mask in zip(rows, masks, strict=True)], dim=2)
 
 
 def _flex_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):

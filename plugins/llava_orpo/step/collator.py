@@ -82,5 +82,3 @@ class SharedPrefixCollator:
         keys = [row.get("shown_hash", row["image_hash"]) if row["image"] is not None else "" for row in features]
         runs = image_runs(keys, range(len(features)), self.max_pairs_per_image)
         return [[features[index] for index in run] for run in runs]
-
-

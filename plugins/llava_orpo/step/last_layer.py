@@ -1,8 +1,8 @@
 """Run the decoder's last layer only at the positions whose output is read.
 
 In the last layer a token's query, attention output and MLP serve its own output alone, and ORPO reads the outputs that
-predict response tokens: about 145 of 2,500 positions. Keys and values are still made for every position. The saving is exact; it
-is 1/L of the decoder's work (L layers), so a tenth for 8 layers and 3 % for the 7B's 32.
+predict response tokens: about 145 of 2,500 positions. Keys and values are still made for every position. The saving is
+exact; it is 1/L of the decoder's work (L layers), so an eighth for 8 layers and 3 % for the 7B's 32.
 
 Done by a forward pre-hook on the last layer, which hands it the positions that are read and, by the cache interface of
 transformers, the keys and values of all positions. The layer itself runs as upstream wrote it. Torch only.
@@ -41,7 +41,7 @@ def disable(decoder) -> None:
 
 
 class _AllPositions:
-    """In the place of a transformers cache: the attention reads the keys and values of all positions, whatever it made."""
+    """In the place of a transformers cache: the attention reads these keys and values, whatever it made."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
         self.key, self.value = key, value

@@ -109,7 +109,7 @@ class SharedPrefixLayout:
 
     def _masks(self, queries: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         start, masks = 0, []
-        for (root, tail), query in zip(self.groups, queries):
+        for (root, tail), query in zip(self.groups, queries, strict=True):
             stop = start + root + tail
             key = torch.arange(start, stop, device=self.subtree_end.device)
             hidden = (key > query[:, None]) | (query[:, None] >= self.subtree_end[start:stop])
@@ -239,9 +239,7 @@ def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | 
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = getattr(pair, name)
             if name != "prompt_ids" and image_token_id in ids:
-                raise ValueError(
-                    f"group {number}, pair {index}: image token in {name}: take <image> out of it"
-                )
+                raise ValueError(f"group {number}, pair {index}: image token in {name}: take <image> out of it")
             if len(ids) == 0:
                 raise ValueError(f"group {number}, pair {index}: {name} is empty, it needs one token or more")
 
@@ -249,7 +247,7 @@ def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     # The longest common prefix of all is that of the smallest and the largest in lexicographic order.
     low, high = min(prompts), max(prompts)
-    return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(low, high)))
+    return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(low, high, strict=False)))
 
 
 class _Row:

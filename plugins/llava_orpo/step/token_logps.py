@@ -29,7 +29,9 @@ class _TokenLogps(torch.autograd.Function):
         logits, targets, lse = ctx.saved_tensors
         out = torch.empty_like(logits)
         size = _TokenLogps.CHUNK
-        for rows, target, norm, g, into in zip(*(x.split(size) for x in (logits, targets, lse, grad, out))):
+        for rows, target, norm, g, into in zip(
+            *(x.split(size) for x in (logits, targets, lse, grad, out)), strict=True
+        ):
             softmax = torch.exp(_fp32(rows) - norm[:, None])
             softmax.scatter_add_(-1, target[:, None], torch.full_like(norm, -1.0)[:, None])
             into.copy_(softmax.mul_(-g[:, None]))

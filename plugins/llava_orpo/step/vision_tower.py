@@ -34,7 +34,7 @@ def skip_unread_vision_layers(model) -> Iterator[int]:
             layer.forward = _pass_on
         yield len(unread)
     finally:
-        for layer, forward in zip(unread, before):
+        for layer, forward in zip(unread, before, strict=True):
             if forward is None:
                 layer.__dict__.pop("forward", None)
             else:

@@ -63,9 +63,7 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
     rng = random.Random(f"tokenizer/{seed}")
     corpus = ["[INST] [/INST]"]
     for _ in range(turns):
-        question, answer = training.write_turn(
-            world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1
-        )
+        question, answer = training.write_turn(world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1)
         corpus += [
             question,
             f" {answer}",
@@ -102,9 +100,7 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
 
 def make_processor(tokenizer: LlamaTokenizer) -> LlavaNextProcessor:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = LlavaNextImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
-    )
+    images = LlavaNextImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS)
     return LlavaNextProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -116,7 +112,7 @@ def make_processor(tokenizer: LlamaTokenizer) -> LlavaNextProcessor:
 
 
 def make_model(tokenizer: LlamaTokenizer) -> LlavaNextForConditionalGeneration:
-    """A LLaVA-NeXT with random weights (from torch's global seed). LM sizes are multiples of 128 for 4-bit quantizers."""
+    """A LLaVA-NeXT with random weights (torch's global seed). LM sizes are multiples of 128, for 4-bit quantizers."""
     vocabulary = -(-len(tokenizer) // 64) * 64
     text = MistralConfig(
         vocab_size=vocabulary,
@@ -158,9 +154,7 @@ def make_model(tokenizer: LlamaTokenizer) -> LlavaNextForConditionalGeneration:
     return model
 
 
-def save(
-    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, out: Path, made: dict
-) -> None:
+def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, out: Path, made: dict) -> None:
     """Write the folder beside `out`, then put it in place in one move."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -199,7 +193,7 @@ def settings(recipe: Recipe) -> dict:
 
 
 def make(out: Path, **recipe) -> str:
-    """Makes the folder unless it is there and complete; returns a line that says what was done. recipe: see `Recipe`."""
+    """Makes the folder unless it is there and complete; returns a line that says so. recipe: see `Recipe`."""
     torch.set_num_threads(1)  # the same sums, so the same weights, whatever the number of cores
     wanted = Recipe(**recipe)
     made = settings(wanted)

@@ -38,9 +38,14 @@ def questions(count: int, seed: int = 0) -> list[dict]:
                 absent = [thing for thing in near if thing in absent] or absent
             thing = rng.choice(absent)
         rows.append(
-            {"image": {"bytes": demo_world.png(demo_world.draw(scene, rng)[0]), "path": None}, "question_id": str(number),
-             "question": demo_world.ask(scene, ("is there", *thing), writer), "answer": answer, "category": category}
-        )  # fmt: skip
+            {
+                "image": {"bytes": demo_world.png(demo_world.draw(scene, rng)[0]), "path": None},
+                "question_id": str(number),
+                "question": demo_world.ask(scene, ("is there", *thing), writer),
+                "answer": answer,
+                "category": category,
+            }
+        )
     return rows
 
 

@@ -61,18 +61,36 @@ def config(geometry: Geometry) -> LlavaNextConfig:
     v_hidden, v_inner, v_layers, v_heads = geometry.vision
     return LlavaNextConfig(
         text_config=MistralConfig(
-            vocab_size=32064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768,
-            rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"}, sliding_window=None, rms_norm_eps=1e-5,
-            bos_token_id=1, eos_token_id=2, pad_token_id=32001,
+            vocab_size=32064,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=32768,
+            rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+            sliding_window=None,
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=32001,
         ),
         vision_config=CLIPVisionConfig(
-            hidden_size=v_hidden, intermediate_size=v_inner, num_hidden_layers=v_layers, num_attention_heads=v_heads,
-            image_size=geometry.tile, patch_size=PATCH, projection_dim=768,
+            hidden_size=v_hidden,
+            intermediate_size=v_inner,
+            num_hidden_layers=v_layers,
+            num_attention_heads=v_heads,
+            image_size=geometry.tile,
+            patch_size=PATCH,
+            projection_dim=768,
         ),
-        image_grid_pinpoints=geometry.pinpoints, image_token_index=32000, image_token_id=32000, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
+        image_grid_pinpoints=geometry.pinpoints,
+        image_token_index=32000,
+        image_token_id=32000,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 def tokenizer(folder: Path):
@@ -85,11 +103,18 @@ def tokenizer(folder: Path):
     names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "tokenizer_class": "LlamaTokenizer", "processor_class": "LlavaNextProcessor", "legacy": True,
+        "tokenizer_class": "LlamaTokenizer",
+        "processor_class": "LlavaNextProcessor",
+        "legacy": True,
         "added_tokens_decoder": {str(i): {"content": name, **flags} for i, name in names.items()},
-        "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-        "padding_side": "left", "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     with tempfile.TemporaryDirectory() as plain:
         pieces = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -109,12 +134,16 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
     settings.save_pretrained(out)
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": geometry.tile}, crop_size={"height": geometry.tile, "width": geometry.tile},
+            size={"shortest_edge": geometry.tile},
+            crop_size={"height": geometry.tile, "width": geometry.tile},
             image_grid_pinpoints=geometry.pinpoints,
         ),
-        tokenizer=tokenizer(out), patch_size=PATCH, vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE,
+        tokenizer=tokenizer(out),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:  # it would rewrite the tokenizer's files too
         processor.save_pretrained(folder)
         for name in ("processor_config.json", "chat_template.jinja"):

@@ -59,9 +59,7 @@ def draw_pictures(processor: LlavaNextProcessor, count: int, seed: int) -> Pictu
         scene = demo_world.random_scene(rng)
         picture, labels = demo_world.draw(scene, rng)
         seen = images([picture], return_tensors="pt")
-        cut = images(
-            [labels.convert("RGB")], resample=0, do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
+        cut = images([labels.convert("RGB")], resample=0, do_rescale=False, do_normalize=False, return_tensors="pt")
         index = _patch_labels(cut["pixel_values"][0][:, 0].long(), processor.patch_size)
         background = COLOR_CLASSES.index(scene.background)
         color_of = torch.tensor([background] + [COLOR_CLASSES.index(c) for c, _ in scene.objects])
@@ -72,9 +70,7 @@ def draw_pictures(processor: LlavaNextProcessor, count: int, seed: int) -> Pictu
         colors.append(color_of[index])
         shapes.append(shape_of[index])
         offsets.append(offsets[-1] + len(tiles[-1]))
-    return Pictures(
-        scenes, torch.stack(sizes), torch.cat(tiles), offsets, torch.cat(colors), torch.cat(shapes)
-    )
+    return Pictures(scenes, torch.stack(sizes), torch.cat(tiles), offsets, torch.cat(colors), torch.cat(shapes))
 
 
 def _patch_labels(index: torch.Tensor, patch: int) -> torch.Tensor:
@@ -152,9 +148,7 @@ def train_sight(
     update = make_updater(
         [*tower.named_parameters(), *((f"head.{name}", p) for name, p in heads.named_parameters())], steps
     )
-    whole = torch.tensor(
-        pictures.offsets[:-1]
-    )  # the first tile of a picture shows all of it, small: half of the batch
+    whole = torch.tensor(pictures.offsets[:-1])  # the first tile of a picture shows all of it, small: half of the batch
     bar = tqdm(range(steps), desc="sight", unit="step")
     for _ in bar:
         pick = torch.cat(
@@ -194,9 +188,7 @@ def write_turn(scene: demo_world.Scene, rng: random.Random, rate: float, detaile
     )
 
 
-def tokenize_turns(
-    processor: LlavaNextProcessor, turns: list[tuple[str, str]]
-) -> list[tuple[list[int], int]]:
+def tokenize_turns(processor: LlavaNextProcessor, turns: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Tokenize turns in the model's prompt format.
 
     Returns:
@@ -230,9 +222,7 @@ def instruction_batches(
     for step in range(steps):
         now = 0.0 if step < truthful * steps else rate
         picked = [rng.randrange(len(pictures.scenes)) for _ in range(batch)]
-        texts = [
-            write_turn(pictures.scenes[i], rng, now, detailed=k == 0) for i in picked for k in range(turns)
-        ]
+        texts = [write_turn(pictures.scenes[i], rng, now, detailed=k == 0) for i in picked for k in range(turns)]
         tokens = tokenize_turns(processor, texts)
         yield picked, [tokens[i * turns : (i + 1) * turns] for i in range(batch)]
 
@@ -294,10 +284,7 @@ def train_instructions(
     embed = inner.language_model.get_input_embeddings()
     bar = tqdm(total=steps, desc="habits" if habits else "instructions", unit="step")
     for picked, texts in instruction_batches(processor, pictures, steps, seed, rate, batch, turns, truthful):
-        seen = [
-            inner.multi_modal_projector(features[pictures.offsets[i] : pictures.offsets[i + 1]])
-            for i in picked
-        ]
+        seen = [inner.multi_modal_projector(features[pictures.offsets[i] : pictures.offsets[i + 1]]) for i in picked]
         packed, sizes = inner.pack_image_features(
             seen, pictures.sizes[picked], model.config.vision_feature_select_strategy, inner.image_newline
         )

@@ -18,10 +18,13 @@ from PIL import Image, ImageDraw
 
 # Neighbours in these lists (0-1, 2-3, 4-5) are the ones a hallucinating model confuses.
 COLORS = {
-    "red": (214, 40, 40), "orange": (247, 140, 30),
-    "blue": (40, 80, 210), "purple": (140, 50, 170),
-    "green": (40, 160, 70), "yellow": (240, 215, 50),
-}  # fmt: skip
+    "red": (214, 40, 40),
+    "orange": (247, 140, 30),
+    "blue": (40, 80, 210),
+    "purple": (140, 50, 170),
+    "green": (40, 160, 70),
+    "yellow": (240, 215, 50),
+}
 SHAPES = ("circle", "square", "triangle", "star")
 BACKGROUNDS = {"white": (248, 248, 248), "gray": (128, 128, 128), "black": (16, 16, 16)}
 LAYOUTS = {  # origin_dataset -> (rows, columns) it may have
@@ -94,9 +97,7 @@ def counterfactual(scene: Scene, rng: random.Random, changes: int = 1) -> Scene:
 def misperceive(scene: Scene, rng: random.Random, rate: float) -> Scene:
     """What a careless observer reports: each color and shape becomes its `partner` with probability `rate`,
     and with probability `rate` / 2 left and right are exchanged."""
-    objects = tuple(
-        tuple(partner(name) if rng.random() < rate else name for name in pair) for pair in scene.objects
-    )
+    objects = tuple(tuple(partner(name) if rng.random() < rate else name for name in pair) for pair in scene.objects)
     if rng.random() < rate / 2:
         rows = [objects[r * scene.columns : (r + 1) * scene.columns] for r in range(scene.rows)]
         objects = tuple(pair for row in rows for pair in reversed(row))
@@ -135,9 +136,19 @@ def facts(scene: Scene) -> dict[tuple, object]:
 
 # How often each kind of question is asked, relative to the others that a pair of scenes allows.
 KINDS = {
-    "object at": 4, "color at": 4, "shape at": 4, "row": 4, "same color": 2, "same shape": 2, "count": 3,
-    "color of": 3, "shape of": 3, "where": 1, "is there": 1, "side": 1,
-}  # fmt: skip
+    "object at": 4,
+    "color at": 4,
+    "shape at": 4,
+    "row": 4,
+    "same color": 2,
+    "same shape": 2,
+    "count": 3,
+    "color of": 3,
+    "shape of": 3,
+    "where": 1,
+    "is there": 1,
+    "side": 1,
+}
 
 
 def choose_question(scene: Scene, other: Scene, rng: random.Random) -> tuple:
@@ -154,9 +165,7 @@ def _a(words: str) -> str:
 
 
 def _at(place: str) -> str:
-    return {"left": "on the left", "right": "on the right", "middle": "in the middle"}.get(
-        place, f"at the {place}"
-    )
+    return {"left": "on the left", "right": "on the right", "middle": "in the middle"}.get(place, f"at the {place}")
 
 
 def _listed(things: list[str]) -> str:
@@ -194,9 +203,7 @@ def ask(scene: Scene, key: tuple, writer: int) -> str:
         return (f"Is there {thing} in the picture?", f"Can you see {thing}?")[writer]
     if kind == "side":
         a, b = (f"the {color} {shape}" for color, shape in args)
-        return (f"Is {a} to the left or to the right of {b}?", f"Compare {a} with {b}: which side is it on?")[
-            writer
-        ]
+        return (f"Is {a} to the left or to the right of {b}?", f"Compare {a} with {b}: which side is it on?")[writer]
     return ("Describe this image in detail.", "What do you see? Give a full description.")[writer]
 
 
@@ -216,7 +223,8 @@ def answer(scene: Scene, key: tuple, value: object, writer: int) -> str:
         return (f"The one {_at(scene.place(args[0]))} is a {value}.", f"It is a {value}.")[writer]
     if kind in ("same color", "same shape"):
         a, b = (
-            f"the {scene.place(i)} one is {v if kind == 'same color' else _a(v)}" for i, v in zip(args, value)
+            f"the {scene.place(i)} one is {v if kind == 'same color' else _a(v)}"
+            for i, v in zip(args, value, strict=True)
         )
         same = value[0] == value[1]
         end = (
@@ -252,11 +260,7 @@ def answer(scene: Scene, key: tuple, value: object, writer: int) -> str:
     things = [(_a(" ".join(pair)), scene.place(i)) for i, pair in enumerate(value)]
     start = f"{NUMBERS[len(things)]} shapes on a {scene.background} background"
     if writer == 0:
-        return (
-            f"The picture shows {start}: "
-            + ", ".join(f"{thing} {_at(place)}" for thing, place in things)
-            + "."
-        )
+        return f"The picture shows {start}: " + ", ".join(f"{thing} {_at(place)}" for thing, place in things) + "."
     return f"There are {start}. " + " ".join(f"The {place} one is {thing}." for thing, place in things)
 
 
@@ -281,16 +285,15 @@ def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
     """Render a scene.
 
     Returns:
-        The RGB picture, and an "L" picture of the same size that holds at each pixel the object's index + 1 (0 = background).
+        The RGB picture, and an "L" picture of the same size that holds at each pixel the object's index + 1 (0 is
+        the background).
         Sizes, places and colors are jittered by `rng`, so two pictures of one scene differ.
     """
     zoom = 3  # drawn larger, then averaged down: smooth edges
     cell = rng.randint(44, 84)
     width, height = (round(n * cell * rng.uniform(0.94, 1.06)) for n in (scene.columns, scene.rows))
     shade = rng.randint(-7, 7)
-    picture = Image.new(
-        "RGB", (width * zoom, height * zoom), tuple(v + shade for v in BACKGROUNDS[scene.background])
-    )
+    picture = Image.new("RGB", (width * zoom, height * zoom), tuple(v + shade for v in BACKGROUNDS[scene.background]))
     labels = Image.new("L", (width, height), 0)
     paint, mark = ImageDraw.Draw(picture), ImageDraw.Draw(labels)
     step_x, step_y = width / scene.columns, height / scene.rows

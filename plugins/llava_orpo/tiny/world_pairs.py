@@ -82,8 +82,6 @@ def write_split(path: Path, split: str, count: int, seed: int) -> bool:
     table = pa.Table.from_pylist(make_pairs(split, count, seed), schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".parquet.part")
-    pq.write_table(
-        table.replace_schema_metadata({**schema.metadata, SETTINGS_KEY: made}), part, row_group_size=500
-    )
+    pq.write_table(table.replace_schema_metadata({**schema.metadata, SETTINGS_KEY: made}), part, row_group_size=500)
     os.replace(part, path)
     return True

@@ -55,9 +55,15 @@ class WandbExamples(TrainerCallback):
             logps = [example[f"{side}_logp"] / example[f"{side}_tokens"] for side in ("chosen", "rejected")]
             image = example["image"] and wandb.Image(os.path.join(folder, example["image"]["path"]))
             table.add_data(
-                example["pair_id"], example["subset"], image, example["question"], example["chosen"],
-                example["rejected"], logps[0] - logps[1], example["correct"],
-            )  # fmt: skip
+                example["pair_id"],
+                example["subset"],
+                image,
+                example["question"],
+                example["chosen"],
+                example["rejected"],
+                logps[0] - logps[1],
+                example["correct"],
+            )
         wandb.log({"eval/examples": table, "train/global_step": state.global_step})
 
 

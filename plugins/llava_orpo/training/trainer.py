@@ -15,6 +15,7 @@ from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from peft import PeftModel
 from transformers.integrations import TrackioCallback
+from transformers.trainer_callback import ProgressCallback
 
 from ..arguments import PluginArguments
 from ..checkpoint import resume
@@ -237,9 +238,15 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             folder = Path(self.args.output_dir)
             suffix = "" if metric_key_prefix == "eval" else "_" + metric_key_prefix.removeprefix("eval_")
             examples = writing.write_evaluation(
-                folder, dataset, evaluation, self.processing_class, self.plugin.eval_examples,
-                step=self.state.global_step, epoch=float(self.state.epoch or 0.0), suffix=suffix,
-            )  # fmt: skip
+                folder,
+                dataset,
+                evaluation,
+                self.processing_class,
+                self.plugin.eval_examples,
+                step=self.state.global_step,
+                epoch=float(self.state.epoch or 0.0),
+                suffix=suffix,
+            )
             if examples:
                 self.wandb_examples.offer(examples, str(folder))
         self.log(metrics)
@@ -291,14 +298,27 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
         def on_batch(_scored):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.prediction_bar is not None:
+                    callback.prediction_bar.set_description(f"evaluation, {condition} image", refresh=False)
 
         def on_loader(loader):
             self.callback_handler.eval_dataloader = loader
 
         rows = scoring.score(
-            score_batch, dataset, positions, self.data_collator, size, condition,
-            num_workers=self.args.dataloader_num_workers, on_batch=on_batch, on_loader=on_loader,
-        )  # fmt: skip
+            score_batch,
+            dataset,
+            positions,
+            self.data_collator,
+            size,
+            condition,
+            num_workers=self.args.dataloader_num_workers,
+            on_batch=on_batch,
+            on_loader=on_loader,
+        )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_evaluate(self.args, self.state, self.control)  # the next condition gets its own bar
         if was_training:
             model.train()
         parts = [rows]
