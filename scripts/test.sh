@@ -5,6 +5,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements/dev.txt
 # Trackio's own requirements contradict LLaMA-Factory's; it runs without them (requirements/trackio.txt says which).
 "$VENV/bin/uv" pip install --quiet --no-deps --python "$VENV/bin/python" -r requirements/trackio.txt
 
+# Style first: seconds, and a mistake here needs no suite.
+ruff check .
+ruff format --check .
+
 # The report's page is tested in a real browser.
 if ! command -v chromium >/dev/null && [ -z "${LLAVA_ORPO_NO_BROWSER:-}" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
@@ -21,6 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
+from helpers.drawn import examples
 from llava_orpo.data.anyres import AnyresGeometry
 
 GRID_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # llava-v1.6
@@ -82,7 +83,7 @@ def processor_tokens(geometry, width, height):
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(width=SIDE, height=SIDE)
 @example(1, 1)
 @example(1, 30000)
@@ -107,7 +108,7 @@ def test_counts_equal_the_model_on_many_random_sizes(models, name):
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(width=SIDE, height=SIDE)
 def test_the_processor_counts_the_same(name, width, height):
     geometry = GEOMETRIES[name]

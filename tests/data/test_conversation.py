@@ -8,11 +8,12 @@ import functools
 import jinja2
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
+from helpers.drawn import examples
 from helpers.tokenizers import KINDS, SENTENCEPIECE, chatml, decode_prompt, joining_bpe, mistral_v1
 from llava_orpo.data.anyres import AnyresGeometry
 from llava_orpo.data.conversation import CONVERSATIONS, expand_image_token
@@ -122,7 +123,7 @@ def test_known_ids():
 
 
 @pytest.mark.parametrize("conversation, tokenizer", cases())
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(question=TEXT, chosen=TEXT, rejected=TEXT, image=st.booleans())
 @example("", "", "", True)
 @example("What is this?", "\n\nThe", "The", True)
@@ -181,7 +182,7 @@ def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():
 
 
 @pytest.mark.parametrize("conversation, tokenizer", cases())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(question=LITERAL_TEXT, chosen=LITERAL_TEXT, rejected=LITERAL_TEXT)
 @example("<image></s>", "</s><s>", "<image>")
 def test_special_token_literals_stay_text(conversation, tokenizer, question, chosen, rejected):
@@ -273,7 +274,7 @@ def test_turns_join_to_the_whole_conversation(name, turns, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(turns=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), image=st.booleans())
 @example([("", ""), (" a", " "), ("\n", "\n")], True)
 def test_turns_are_the_tokenizer_s_own_ids_cut_at_the_answers(kind, turns, image):
@@ -292,7 +293,7 @@ def test_turns_are_the_tokenizer_s_own_ids_cut_at_the_answers(kind, turns, image
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(question=TEXT, answer=TEXT)
 @example("What is this?", " two  spaces\n")
 @example(" ", "")

@@ -8,10 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
+from helpers.drawn import examples
 from llava_orpo.data.images import ImageError, content_hash, decode_rgb, grey_like, header_size, verify
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8))
@@ -122,7 +123,7 @@ def test_header_is_read_without_pixels():
         verify(half)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(data=st.data(), fmt=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
 def test_damaged_data_gives_an_image_or_an_image_error(data, fmt):
     damaged = bytearray(encode(NOISE, fmt))

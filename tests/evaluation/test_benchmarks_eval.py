@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llava_orpo.errors import UserError
 import io
 import json
 import os

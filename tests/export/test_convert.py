@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
-import convert_llava_checkpoint as converter
+import convert_llava_checkpoint
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from helpers.checkpoints import published_7b, read_tensors, write_base
+from helpers.commands import exit_code
 from helpers.llava import tiny_llava
 from helpers.original import VOCABULARY, original_model, original_tensors, write_original
+from llava_orpo.checkpoint.files import CheckpointError, read_json
 from llava_orpo.checkpoint.published import load_checked, save_published
 from llava_orpo.export import convert as conversion
 from llava_orpo.export.original_weights import EMBEDDING, LM_HEAD, from_original, padding_rows, to_original
@@ -116,11 +117,11 @@ def test_transformers_to_original_and_back_is_bit_exact(tmp_path):
 def test_merged_model_without_sidecar(tmp_path, model, converted):
     """A model tuned after the conversion goes back with --files-from, or with a config made from its own."""
     merged = save_published(load_checked(converted), tmp_path / "merged", converted)
-    config = converter.read_json(merged / "config.json")
+    config = read_json(merged / "config.json")
     config["text_config"]["pad_token_id"] = 32001
     (merged / "config.json").write_text(json.dumps(config))
     original = convert(merged, tmp_path / "original")
-    config = converter.read_json(original / "config.json")
+    config = read_json(original / "config.json")
     assert config["vocab_size"] == VOCABULARY and config["model_type"] == "llava_mistral"
     assert "pad_token_id" not in config  # a row the original does not have
     assert config["rope_theta"] == 10000.0 and config["num_key_value_heads"] == 2
@@ -141,7 +142,7 @@ def test_files_from_a_published_folder(tmp_path, original, converted):
 
 def test_clip_from_elsewhere(tmp_path, model):
     bare = write_original(tmp_path / "bare", model, tower=False)
-    with pytest.raises(converter.CheckpointError, match="give its CLIP folder as --vision-tower"):
+    with pytest.raises(CheckpointError, match="give its CLIP folder as --vision-tower"):
         convert(bare, tmp_path / "out")
     out = convert(bare, tmp_path / "out", vision_tower=tmp_path / "clip")
     tensors = read_tensors(out)
@@ -174,16 +175,29 @@ def test_new_rows_in_the_checkpoint(converted):
         assert (new.float() - mean).abs().max() < 6 * (1e-5**0.5) * 0.3
 
 
-def test_command_line(original, tmp_path, monkeypatch, capsys):
-    run = ["convert", str(original), str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*run, "--dry-run"])
-    converter.main()
+def test_command_line(original, tmp_path, capsys):
+    run = [original, tmp_path / "out"]
+    assert exit_code(convert_llava_checkpoint.main, *run, "--dry-run") == 0
     line = "model.embed_tokens.weight -> language_model.model.embed_tokens.weight [32064, 32]"
     assert f"{line}  (from [32000, 32])" in capsys.readouterr().out.splitlines()
     assert not (tmp_path / "out").exists()
 
-    monkeypatch.setattr(sys, "argv", run)
-    converter.main()
+    assert exit_code(convert_llava_checkpoint.main, *run) == 0
     assert "to llava_next: 100%" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: .*already holds files"):
-        converter.main()
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert exit_code(convert_llava_checkpoint.main, *run) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "already holds files" in error and error.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == written
+
+    assert exit_code(convert_llava_checkpoint.main, tmp_path / "nothing", tmp_path / "new") == 2
+    assert "nothing is not a folder: SOURCE is a checkpoint's folder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_shows_the_examples_on_lines_of_their_own(capsys):
+    assert exit_code(convert_llava_checkpoint.main, "-h") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    command = "python scripts/convert_llava_checkpoint.py"
+    assert f"{command} liuhaotian/llava-v1.6-mistral-7b-folder out/llava-v1.6-mistral-7b-hf" in lines
+    assert f"{command} out/merged out/merged-original" in lines

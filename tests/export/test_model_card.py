@@ -12,7 +12,7 @@ import yaml
 
 from helpers.paths import ROOT
 from helpers.report_runs import make_pairs
-from llava_orpo.errors import UserError
+from llava_orpo.errors import UsageError, UserError
 from llava_orpo.export import model_card
 from llava_orpo.preference import metrics, records
 
@@ -36,8 +36,8 @@ def run(tmp_path, monkeypatch):
 
 
 def write(folder: Path, evaluation: Path, *more: str) -> tuple[dict, str]:
-    path = command.main([str(folder), "--recipe", str(HEADLINE), "--evaluation", str(evaluation), *more])
-    _, meta, body = path.read_text(encoding="utf-8").split("---\n", 2)
+    assert command.main([str(HEADLINE), f"folder={folder}", f"evaluation={evaluation}", *more]) == 0
+    _, meta, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(meta), body
 
 
@@ -67,8 +67,8 @@ def test_the_recipe_is_in_it_whole_but_for_secrets_and_paths(run, tmp_path):
     recipe = yaml.safe_load(HEADLINE.read_text())
     changed = tmp_path / "mine.yaml"
     changed.write_text(yaml.safe_dump({**recipe, "hf_hub_token": "hf_secret", "output_dir": "/home/me/private/out"}))
-    path = command.main([str(run[0]), "--recipe", str(changed), "--evaluation", str(run[1])])
-    text = path.read_text()
+    assert command.main([str(changed), f"folder={run[0]}", f"evaluation={run[1]}"]) == 0
+    text = (run[0] / "README.md").read_text()
     assert "secret" not in text and "/home/me" not in text
     shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert shown == {**recipe, "output_dir": "out"}
@@ -89,10 +89,10 @@ def test_own_texts_are_not_replaced_unless_asked(run):
     folder, evaluation = run
     readme = folder / "README.md"
     readme.write_text("My own words.")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="README.md exists; overwrite=true replaces it"):
         write(folder, evaluation)
     assert readme.read_text() == "My own words."
-    write(folder, evaluation, "--overwrite")
+    write(folder, evaluation, "overwrite=true")
     write(folder, evaluation)  # its own card it may replace
     for stock in (
         "<!-- This model card has been generated automatically according to the information the Trainer had -->",
@@ -105,9 +105,9 @@ def test_own_texts_are_not_replaced_unless_asked(run):
 def test_says_what_is_missing(run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="empty holds neither a model .* nor an adapter"):
         write(empty, run[1])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="nothing.json does not exist"):
         write(run[0], tmp_path / "nothing.json")
     recipe = yaml.safe_load(HEADLINE.read_text())
     with pytest.raises(UserError, match="'unheard_of'"):
@@ -136,14 +136,23 @@ def test_pushes_the_folder_privately_without_logs_and_checkpoints(run, monkeypat
             return "https://huggingface.co/me/model"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    meta, body = write(*run, "--push", "me/model")
+    meta, body = write(*run, "push=me/model")
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
     assert calls[1]["repo_id"] == "me/model" and "checkpoint-*" in calls[1]["ignore_patterns"]
     assert "# model\n" in body and 'from_pretrained("me/model"' in body
-    write(*run, "--push", "me/model", "--public")
+    write(*run, "push=me/model", "public=true")
     assert calls[2][1]["private"] is False
 
 
 def test_nothing_is_pushed_unasked(run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("the Hub was touched"))
     write(*run)
+
+
+def test_flags_of_before_still_work(run):
+    folder, evaluation = run
+    written = write(folder, evaluation, "name=mine", "overwrite=true")
+    words = [str(folder), "--recipe", str(HEADLINE), "--evaluation", str(evaluation), "--name", "mine", "--overwrite"]
+    assert command.main(words) == 0
+    _, meta, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert (yaml.safe_load(meta), body) == written

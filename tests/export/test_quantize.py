@@ -17,16 +17,18 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from helpers.commands import exit_code
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, photo_rows, random_model, write_rows
 from llava_orpo.checkpoint.files import CheckpointError, processor_files
 from llava_orpo.checkpoint.published import load_checked
 from llava_orpo.data import images, rows
 from llava_orpo.export import calibration
-from llava_orpo.tiny import random_model as random_llava
+from llava_orpo.export.quantized_folder import is_quantized
+from llava_orpo.tiny.random_model import Geometry, write
 
 # As many key-value heads as heads: AWQ then also smooths v_proj into o_proj, as for Vicuna.
-WIDE = random_llava.Geometry((128, 384, 2, 4, 4), (32, 64, 3, 2), tile=56)
+WIDE = Geometry((128, 384, 2, 4, 4), (32, 64, 3, 2), tile=56)
 TRAINED = ROOT / "outputs" / "tiny" / "merged"
 
 
@@ -44,24 +46,28 @@ def refused(monkeypatch, capsys, data, tmp_path):
     def load(*_args, **_kwargs):
         raise AssertionError("the model was loaded before the input was refused")
 
-    monkeypatch.setattr(quantize, "load_checked", load)
+    monkeypatch.setattr("llava_orpo.export.quantize.load_checked", load)
 
-    def run(*words, model=None, source="rows", out=None):
+    def run(*words, model=None, source="rows", out=None, code=1):
         out = out or tmp_path / "out"
         before = sorted(out.parent.rglob("*"))
         argv = ["--model", model or random_model(), "--method", "gptq", "--data", source, "--out", out,
                 "--dataset-dir", data, *words]  # fmt: skip
-        assert quantize.main([str(word) for word in argv]) == 1
+        capsys.readouterr()
+        assert exit_code(quantize.main, *argv) == code
         assert sorted(out.parent.rglob("*")) == before
-        return capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        return message
 
     return run
 
 
 def test_wrong_models_are_refused(refused, tmp_path):
-    assert "config.json does not exist" in refused(model=tmp_path / "nothing")
+    assert "nothing is not a folder: --model is the folder" in refused(model=tmp_path / "nothing", code=2)
     original = tmp_path / "original"
     original.mkdir()
+    assert "config.json does not exist" in refused(model=original)
     (original / "config.json").write_text('{"model_type": "llava_mistral"}')
     assert "convert_llava_checkpoint.py" in refused(model=original)
     (original / "config.json").write_text('{"model_type": "llava_next", "quantization_config": {}}')
@@ -113,8 +119,8 @@ def test_wrong_data_is_refused(refused, data, tmp_path):
     block = {"filter": {"origin_dataset": "nowhere"}}
     add_entry(data, "empty", {"file_name": "rows.parquet", "formatting": "rlaif_v", "llava_orpo": block})
     assert "matches no row of empty" in message("empty")
-    with pytest.raises(SystemExit):
-        refused("--samples", "0")
+    assert "--samples and --group-size must be positive" in refused("--samples", "0", code=2)
+    assert "--heldout-fraction must be between 0 and 1" in refused("--heldout-fraction", "1", code=2)
 
 
 def add_entry(folder: Path, name: str, entry: dict) -> None:
@@ -128,26 +134,25 @@ def test_pairs_are_random_distinct_and_usable(tmp_path):
     table[5]["chosen"] = " "
     write_rows(tmp_path, table)
     source = calibration.find_source("rows", tmp_path)
-    pairs, passed = calibration.choose_pairs(source, 100)
+    pairs, passed = calibration.choose_pairs(source, 100, 0.02)
     good = {
         (row["question"], row["chosen"], row["rejected"]) for i, row in enumerate(table) if i not in (3, 5)
     }
     assert {(pair["question"], pair["chosen"], pair["rejected"]) for pair in pairs} == good
     assert len(pairs) == len(table) - 2 and sum(passed.values()) == 2
-    few, _ = calibration.choose_pairs(source, 4)
-    assert few == pairs[:4] and few == calibration.choose_pairs(source, 4)[0]
-    assert few != calibration.choose_pairs(source, 4, seed=1)[0]
+    few, _ = calibration.choose_pairs(source, 4, 0.02)
+    assert few == pairs[:4] and few == calibration.choose_pairs(source, 4, 0.02)[0]
+    assert few != calibration.choose_pairs(source, 4, 0.02, seed=1)[0]
     assert [pair["image"] for pair in few] == [
         next(row["image"]["bytes"] for row in table if row["chosen"] == pair["chosen"]) for pair in few
     ]
 
 
-def test_parts_and_filters_of_an_entry_are_honoured(tmp_path, monkeypatch):
+def test_parts_and_filters_of_an_entry_are_honoured(tmp_path):
     table = photo_rows(8, 1)
     for number, row in enumerate(table):
         row["origin_dataset"] = "VQA v2" if number % 2 else "MSCOCO"
     write_rows(tmp_path, table)
-    monkeypatch.setattr(calibration, "HELDOUT_FRACTION", 0.5)
     for part in ("train", "heldout"):
         block = {"part": part, "filter": {"origin_dataset": "coco mscoco".split()}}
         add_entry(tmp_path, part, {"file_name": "rows.parquet", "formatting": "rlaif_v", "llava_orpo": block})
@@ -157,8 +162,36 @@ def test_parts_and_filters_of_an_entry_are_honoured(tmp_path, monkeypatch):
             if rows.is_heldout(images.content_hash(row["image"]["bytes"]), 0.5) == (part == "heldout")
         }
         assert want, "the photographs must fall into both parts for this test to mean something"
-        pairs, _ = calibration.choose_pairs(calibration.find_source(part, tmp_path), 100)
+        pairs, _ = calibration.choose_pairs(calibration.find_source(part, tmp_path), 100, 0.5)
         assert {pair["chosen"] for pair in pairs} == want
+
+
+def test_no_image_of_the_held_out_part_is_calibrated_on(tmp_path, monkeypatch):
+    """The command's --heldout-fraction decides which images are held out, as the recipe's key does in training."""
+    table = photo_rows(12, 1)
+    write_rows(tmp_path, table)
+    entry = {"file_name": "rows.parquet", "formatting": "rlaif_v", "llava_orpo": {"part": "train"}}
+    add_entry(tmp_path, "train", entry)
+    hashes = [images.content_hash(row["image"]["bytes"]) for row in table]
+    train = {image for image in hashes if not rows.is_heldout(image, 0.5)}
+    assert train and len(train) < len(set(hashes)), "the photographs must fall into both parts"
+    assert not any(rows.is_heldout(image, 0.02) for image in hashes), "the default must hold none of them out"
+    seen = []
+
+    class Reached(Exception):
+        pass
+
+    def embed_pairs(_model, _processor, _conversation, pairs, _device):
+        seen.append({images.content_hash(pair["image"]) for pair in pairs})
+        raise Reached
+
+    monkeypatch.setattr(calibration, "embed_pairs", embed_pairs)
+    words = ["--model", random_model(), "--method", "gptq", "--data", "train", "--out", tmp_path / "out",
+             "--dataset-dir", tmp_path, "--group-size", "64"]  # fmt: skip
+    for more in (["--heldout-fraction", "0.5"], []):
+        with pytest.raises(Reached):
+            quantize.main([str(word) for word in [*words, *more]])
+    assert seen == [train, set(hashes)]
 
 
 def test_samples_are_what_the_language_model_reads_of_prompt_image_and_chosen():
@@ -238,7 +271,7 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     method, quantize_command, data, tmp_path
 ):
     base, out = tmp_path / "base", tmp_path / method
-    random_llava.write(WIDE, base)
+    write(WIDE, base)
     words = [
         "--model",
         base,
@@ -259,7 +292,7 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     for file in processor_files(base):
         assert (out / file).read_bytes() == (base / file).read_bytes()
     before, after = tensors(base), tensors(out)
-    layers = [name.removesuffix(".weight") for name in before if quantize.is_quantized(name)]
+    layers = [name.removesuffix(".weight") for name in before if is_quantized(name)]
     assert len(layers) == 14
     same = before.keys() - {f"{layer}.weight" for layer in layers}
     rescaled = (

@@ -18,7 +18,7 @@ from pathlib import Path
 import mistral_common
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from llava_orpo.export.original_tokenizer import tokenizer_json  # noqa: E402
+from llava_orpo.export.original_tokenizer import tokenizer_json
 
 # published: as the published checkpoints' tokenizer.json (`legacy: true`): a mark before every text between special
 #     tokens.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,14 +26,10 @@ from PIL import Image
 from helpers.paths import ROOT
 from helpers.report_runs import draw_image, make_pairs, make_run, write_examples, write_history, write_lines
 from llava_orpo.preference import metrics, records
-
-EVALS = ROOT / "evals"
-
-import report
-
 from llava_orpo.report import examples as report_examples
 from llava_orpo.report import inputs as report_inputs
 
+EVALS = ROOT / "evals"
 SECTIONS = ("summary", "training", "subsets", "margins", "grounding", "examples")
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\" onclick=\"x {{ 7 * 7 }}"
 
@@ -72,8 +69,8 @@ class Page(HTMLParser):
 
 
 def make_page(folder: Path, *options: str) -> tuple[Page, str]:
-    out = report.main([str(folder), *options])
-    html = out.read_text(encoding="utf-8")
+    assert report.main([str(folder), *options]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
     return Page(html), html
 
 
@@ -85,7 +82,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def full_page(run):
     after, before = run
-    return make_page(after, "--baseline", str(before))
+    return make_page(after, f"baseline={before}")
 
 
 def test_every_section_is_there_with_its_content(full_page):
@@ -219,7 +216,7 @@ def test_page_stays_small_with_200_images(tmp_path):
     after, before = make_run(tmp_path, n=400, examples=0)
     pairs = [replace(p, image_hash=f"own{i}") for i, p in enumerate(make_pairs(400, 0.47, seed=200))]
     write_examples(after, pairs[:200], noise=True)
-    page, html = make_page(after, "--baseline", str(before))
+    page, html = make_page(after, f"baseline={before}")
     assert len([1 for tag, _ in page.tags if tag == "article"]) == 200
     assert len({a["src"] for tag, a in page.tags if tag == "img"}) == 200
     assert len(html.encode()) < 10_000_000
@@ -319,7 +316,7 @@ def test_bad_lines_and_unequal_baselines_are_named(tmp_path, run):
     other.mkdir()
     records.write_pairs(other / "preference_pairs.jsonl", make_pairs(159, 0.0, 1))
     with pytest.raises(ValueError, match="1 pair.* missing from the second set: 'demo-0159'"):
-        report.main([str(run[0]), "--baseline", str(other), "--out", str(tmp_path / "x.html")])
+        report.main([str(run[0]), f"baseline={other}", f"out={tmp_path / 'x.html'}"])
 
 
 def test_command_line(tmp_path):
@@ -327,11 +324,26 @@ def test_command_line(tmp_path):
         command = [sys.executable, str(EVALS / "report.py"), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
-    done = call(tmp_path, "--out", "page.html")
+    done = call(tmp_path, "out=page.html")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("page.html (") and (tmp_path / "page.html").exists()
     failed = call(tmp_path / "none")
-    assert failed.returncode == 1 and "no such folder" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and f"error: There is no {tmp_path / 'none'}." in failed.stderr
+    (tmp_path / "preference_eval.json").write_text("{")
+    broken = call(tmp_path)
+    assert broken.returncode == 1 and "error: " in broken.stderr and "preference_eval.json:1: not JSON" in broken.stderr
+    assert "Traceback" not in failed.stderr + broken.stderr
+
+
+def test_flags_of_before_still_work(tmp_path, run):
+    now, before = tmp_path / "now.html", tmp_path / "before.html"
+    words = [f"baseline={run[1]}", "max_examples=3", "min_subset=30", f"out={now}"]
+    flags = ["--baseline", str(run[1]), "--max-examples=3", "--min-subset", "30", "--out", str(before)]
+    assert report.main([str(run[0]), *words]) == report.main([str(run[0]), *flags]) == 0
+    pages = [Page(path.read_text(encoding="utf-8")) for path in (now, before)]
+    assert [len([tag for tag, _ in page.tags if tag == "article"]) for page in pages] == [3, 3]
+    for section in SECTIONS:
+        assert pages[0].flat(section) == pages[1].flat(section)
 
 
 def test_a_cut_keeps_both_ends():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.drawn import examples
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, padded_logps, plain_logps, tiny_llava
 from helpers.packed import gradients, orpo_of, packed_of
 from llava_orpo.step.attention import choose_backend, disable, enable, is_enabled, packed_forward, unwrap
@@ -370,7 +371,7 @@ drawn_groups = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(drawn_groups)
 def test_pack_invariants(groups):
     packed = pack(groups)
@@ -414,7 +415,7 @@ def test_pack_invariants(groups):
     assert layout.tail_masks(torch.float32)[0] is layout.tail_masks(torch.float32)[0]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4)
 )
