@@ -179,10 +179,37 @@ def test_debug_shows_the_traceback(place):
     assert ended.code == 1 and "Traceback" in ended.err and "UsageError: There is no recipe nothing.yaml." in ended.err
 
 
-# Commands of this repository: (words, exit code, a line of the output). One row per command and kind of mistake.
+# Commands of this repository: (words, exit code, text in the output). One row per command and kind of mistake.
+TINY = "recipes/tiny/llava16_orpo_qlora.yaml"
+WITH_RECIPE = [f"evals/{name}.py" for name in ("preference", "generate", "variants", "benchmarks")]
+WITH_RECIPE += ["scripts/demo.py", "scripts/model_card.py"]
+WITH_FILE = ["evals/judge.py", "evals/human.py", "evals/report.py"]
+WITH_FLAGS = [
+    f"scripts/{name}.py"
+    for name in "make_schema make_demo_data make_photo_pairs make_random_llava make_tiny_llava ask quantize".split()
+]
+WITH_FLAGS += ["scripts/convert_llava_checkpoint.py", "evals/tasks/demo_objects/make_data.py"]
 COMMANDS = [
-    (["scripts/make_schema.py", "-h"], 0, "python scripts/make_schema.py"),
-    (["scripts/make_schema.py", "--nope"], 2, "error: unrecognized arguments: --nope"),
+    *(([name, "-h"], 0, f"python {name}") for name in WITH_RECIPE + WITH_FILE if name != "evals/benchmarks.py"),
+    (["evals/benchmarks.py", "-h"], 0, "bash scripts/benchmarks.sh"),
+    *(([name, "-h"], 0, Path(name).name) for name in WITH_FLAGS),
+    *(([name], 2, "error: The first word must be the recipe: recipe.yaml") for name in WITH_RECIPE),
+    *(([name, "nothing.yaml"], 2, "error: There is no recipe nothing.yaml.") for name in WITH_RECIPE),
+    *(([name, TINY, "learning_rat=1"], 2, "error: Unknown key `learning_rat` (did you") for name in WITH_RECIPE),
+    *(([name, TINY, "again"], 2, "error: Overrides are written key=value; got again.") for name in WITH_RECIPE),
+    *(([name, "nothing", "a=1"], 2, "error: There is no nothing.") for name in WITH_FILE),
+    *(([name, "README.md", "modle=x"], 2, "error: Unknown key `modle`") for name in WITH_FILE),
+    *(([name, "--nope"], 2, "error: ") for name in WITH_FLAGS),
+    (["evals/preference.py", TINY, "agianst=base"], 2, "error: Unknown key `agianst` (did you mean `against`?)."),
+    (["evals/preference.py", TINY, "model_name_or_path=./no"], 2, "error: model_name_or_path: there is no folder ./no."),
+    (["evals/preference.py", TINY, "eval_dataset=demo_heldot"], 2, "did you mean `demo_heldout`?"),
+    (["evals/generate.py", TINY, "max_prompts=many"], 2, "error: max_prompts: 'many' is not allowed; it must be a whole"),
+    (["evals/judge.py", "README.md"], 2, "error: base_url= is missing"),
+    (["scripts/demo.py", TINY], 2, "error: aligned= is missing"),
+    (["scripts/model_card.py", TINY, "folder=docs"], 2, "error: docs holds neither a model (config.json) nor an adapter"),
+    (["scripts/quantize.py", "--method", "gptq", "--model", "no", "--data", "x", "--out", "y"], 2, "error: no is not a"),
+    (["scripts/convert_llava_checkpoint.py", "no", "out"], 2, "error: no is not a folder"),
+    (["scripts/ask.py", "no"], 2, "error: give --question"),
 ]
 
 

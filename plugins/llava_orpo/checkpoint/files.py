@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import progress
@@ -45,7 +45,6 @@ COPIED_FILES = (
     "chat_template.jinja",
 )
 COPIED_FOLDERS = ("additional_chat_templates",)
-HEADER_LIMIT = 100_000_000  # safetensors' own limit on the JSON header, bytes
 
 
 class CheckpointError(UserError):
@@ -63,32 +62,22 @@ def read_json(path: Path) -> dict:
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes (safetensors' codes, e.g. "BF16") and shapes in one .safetensors file, from its header
-    alone.
+    """Names, dtypes (safetensors' codes, e.g. "BF16") and shapes in one .safetensors file, without its weights.
 
-    Raises CheckpointError if the file is absent, empty, or shorter than its header promises
+    Raises CheckpointError if the file is absent, empty, a Git LFS pointer, or not as long as its header promises
     (half-downloaded).
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; download or export the checkpoint again.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise CheckpointError(
-                f"{path} ({size} bytes) is not a whole safetensors file: half-downloaded, or a Git LFS "
-                "pointer. Download it again."
-            )
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != promised:
+    try:
+        with safe_open(path, "pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{path} has {size} bytes but its header promises {promised}: half-downloaded or damaged. "
-            "Download it again."
-        )
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}): half-downloaded, "
+            "damaged, or a Git LFS pointer. Download it again."
+        ) from error
 
 
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
