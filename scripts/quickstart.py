@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from llava_orpo.progress import run
+from llava_orpo.recipe import flags
+from llava_orpo.recipe import run as start
 from llava_orpo.step_list import LogSteps, step_list
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +122,8 @@ def run_steps(steps: Steps) -> None:
     steps.run("report", f"{py} evals/report.py {ADAPTER} baseline={BEFORE} out={report}", str(report))
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    flags(__doc__).parse_args(argv)
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
     try:
@@ -173,4 +176,4 @@ Made in {summary["seconds"]:.0f} s:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

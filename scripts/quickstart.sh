@@ -9,4 +9,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export LLAMAFACTORY_VERBOSITY=${LLAMAFACTORY_VERBOSITY:-WARN}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # nothing here comes from a hub
-exec python scripts/quickstart.py
+exec python scripts/quickstart.py "$@"

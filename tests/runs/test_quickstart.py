@@ -47,7 +47,7 @@ def python(words: str) -> str:
 def test_a_failing_step_shows_the_end_of_its_output(quickstart, monkeypatch, capsys, tmp_path):
     command = python("[print('line', i) for i in range(100)]; raise SystemExit(3)")
     monkeypatch.setattr(quickstart, "run_steps", lambda steps: steps.run("train", command, str(tmp_path / "nothing")))
-    assert quickstart.main() == 1
+    assert quickstart.main([]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("\n[ORPO + QLoRA, and preference accuracy after]\n$ ")
     assert err.splitlines() == [
@@ -67,7 +67,7 @@ def test_a_stopped_step_is_not_done_and_says_how_to_go_on(quickstart, monkeypatc
     (tmp_path / "train.done").write_text('{"mark": "of other inputs", "seconds": 3}')
     monkeypatch.setattr(quickstart, "run", interrupted)
     monkeypatch.setattr(quickstart, "run_steps", lambda steps: steps.run("train", python("1"), str(tmp_path / "made")))
-    assert quickstart.main() == 130
+    assert quickstart.main([]) == 130
     assert capsys.readouterr().err == "\nStopped. To go on with the unfinished step: bash scripts/quickstart.sh\n"
     assert not (tmp_path / "train.done").exists()
 
@@ -77,7 +77,7 @@ def test_a_step_is_run_once(quickstart, monkeypatch, capsys, tmp_path):
     command = python(f"open('{result}', 'a').write('x')")
     monkeypatch.setattr(quickstart, "run_steps", lambda steps: steps.run("train", command, str(result)))
     monkeypatch.setattr(quickstart, "print_summary", lambda seconds: print("all done"))
-    assert [quickstart.main(), quickstart.main(), result.read_text()] == [0, 0, "x"]
+    assert [quickstart.main([]), quickstart.main([]), result.read_text()] == [0, 0, "x"]
     out = capsys.readouterr().out
     assert (out.count("done before"), out.count("all done")) == (1, 2)
 

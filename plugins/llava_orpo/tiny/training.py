@@ -172,8 +172,8 @@ def train_sight(
 def see(model: LlavaNextForConditionalGeneration, tiles: torch.Tensor) -> torch.Tensor:
     """(tiles, 3, S, S) -> (tiles, patches, width): what the frozen vision tower gives the projector."""
     tower = model.model.vision_tower
-    parts = [tower(part, output_hidden_states=True).hidden_states[-2][:, 1:] for part in tiles.split(512)]
-    return torch.cat(parts)
+    batches = tqdm(tiles.split(512), desc="see the pictures", unit="batch")
+    return torch.cat([tower(part, output_hidden_states=True).hidden_states[-2][:, 1:] for part in batches])
 
 
 def write_turn(scene: demo_world.Scene, rng: random.Random, rate: float, detailed: bool) -> tuple[str, str]:
