@@ -11,7 +11,7 @@ import gradio as gr
 import pyarrow.parquet as pq
 
 from ..data.images import ImageError, content_hash
-from . import cards as page
+from . import cards
 from .models import Candidate, compare, read_image, stream_answer
 
 MAX_QUESTION, MAX_ANSWER = 2000, 4000  # characters
@@ -40,10 +40,11 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             for turn, candidate in enumerate(candidates):
                 for said[turn] in stream_answer(candidate, image, question, max_new_tokens):
                     states = ("writing", "waiting") if turn == 0 else ("done", "writing")
-                    yield tuple(map(page.answer_card, ROLES, labels, said, states))
+                    yield tuple(map(cards.answer_card, ROLES, labels, said, states))
             others = [said[1], said[0]]
             yield tuple(
-                page.answer_card(*card, "done", other) for *card, other in zip(ROLES, labels, said, others, strict=True)
+                cards.answer_card(*card, "done", other)
+                for *card, other in zip(ROLES, labels, said, others, strict=True)
             )
             return
         yield gr.skip(), gr.skip()  # what was on the page stays
@@ -55,12 +56,12 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             if not a or not b or max(len(a), len(b)) > MAX_ANSWER:
                 raise ValueError(f"Write two answers, A and B, of up to {MAX_ANSWER} characters each.")
             scores = [compare(candidate, image, question, a, b) for candidate in candidates]
-            return [page.comparison_card(*card) for card in zip(ROLES, labels, scores, strict=True)]
+            return [cards.comparison_card(*card) for card in zip(ROLES, labels, scores, strict=True)]
         return [gr.skip(), gr.skip()]
 
     def empty() -> list[str]:
-        return [page.answer_card(*card, "", "empty") for card in zip(ROLES, labels, strict=True)] + [
-            page.comparison_card(*card, None) for card in zip(ROLES, labels, strict=True)
+        return [cards.answer_card(*card, "", "empty") for card in zip(ROLES, labels, strict=True)] + [
+            cards.comparison_card(*card, None) for card in zip(ROLES, labels, strict=True)
         ]
 
     def pick(index: int) -> list:
@@ -70,7 +71,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
     with gr.Blocks(
         title="LLaVA-ORPO", theme=theme, css=css, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
     ) as blocks:
-        gr.HTML(page.header(*labels), padding=False)
+        gr.HTML(cards.header(*labels), padding=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 picture = gr.Image(
@@ -110,7 +111,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
                     with gr.Row(equal_height=True):
                         verdicts = [panel(html) for html in blank[2:]]
                     note = "An example fills in its chosen answer as A and its rejected one as B." if examples else ""
-                    gr.HTML(page.LEGEND + f'<p class="note">{note}</p>', padding=False)
+                    gr.HTML(cards.LEGEND + f'<p class="note">{note}</p>', padding=False)
         picture.upload(check_upload, picture, picture, show_progress="hidden")
         # One request computes at a time, on either tab; the others wait in line and see their place in it.
         gr.on(

@@ -102,7 +102,7 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
     ignore the layout and attend wrongly without a word.
     """
     if not is_enabled(model):
-        raise ValueError("the model has no shared-prefix attention: call shared_attention.enable first")
+        raise ValueError("the model has no shared-prefix attention: call attention.enable first")
     trimmed = last_layer.serves(unwrap(model).config.get_text_config())
     return model(
         input_ids=packed.input_ids,

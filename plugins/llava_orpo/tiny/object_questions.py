@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 
-from . import world as demo_world
+from . import world
 
 FEATURES = Features(
     {"image": Image(), **dict.fromkeys(("question_id", "question", "answer", "category"), Value("string"))}
@@ -24,24 +24,24 @@ def questions(count: int, seed: int = 0) -> list[dict]:
     rng = random.Random(f"demo_objects/{seed}")
     rows = []
     for number in range(count):
-        scene = demo_world.random_scene(rng)
+        scene = world.random_scene(rng)
         present = sorted(set(scene.objects))
         answer, category = ("yes", "no")[number % 2], ("random", "adversarial")[number // 2 % 2]
         writer = number // 4 % 2
         if answer == "yes":
             thing = rng.choice(present)
         else:
-            absent = sorted({(c, s) for c in demo_world.COLORS for s in demo_world.SHAPES} - set(present))
+            absent = sorted({(c, s) for c in world.COLORS for s in world.SHAPES} - set(present))
             if category == "adversarial":
                 color, shape = rng.choice(present)
-                near = [(demo_world.partner(color), shape), (color, demo_world.partner(shape))]
+                near = [(world.partner(color), shape), (color, world.partner(shape))]
                 absent = [thing for thing in near if thing in absent] or absent
             thing = rng.choice(absent)
         rows.append(
             {
-                "image": {"bytes": demo_world.png(demo_world.draw(scene, rng)[0]), "path": None},
+                "image": {"bytes": world.png(world.draw(scene, rng)[0]), "path": None},
                 "question_id": str(number),
-                "question": demo_world.ask(scene, ("is there", *thing), writer),
+                "question": world.ask(scene, ("is there", *thing), writer),
                 "answer": answer,
                 "category": category,
             }

@@ -3,7 +3,7 @@
 1. Sight: the vision tower learns to label each patch with the color and shape of what covers it. This stands in for
    CLIP's pretraining. It also ends, like CLIP's, with the vision tower frozen.
 2. Instruction tuning: projector and language model learn to answer questions in the exact prompt format. Part of the
-   answers is false in a systematic way (`demo_world.misperceive`), so the model learns to hallucinate.
+   answers is false in a systematic way (`world.misperceive`), so the model learns to hallucinate.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from . import world as demo_world
+from . import world
 
-COLOR_CLASSES = (*demo_world.BACKGROUNDS, *demo_world.COLORS)
-SHAPE_CLASSES = ("nothing", *demo_world.SHAPES)
+COLOR_CLASSES = (*world.BACKGROUNDS, *world.COLORS)
+SHAPE_CLASSES = ("nothing", *world.SHAPES)
 PROMPT_START = "[INST] <image>\n"
 PROMPT = PROMPT_START + "{question} [/INST]"
 MIN_COVER = 0.2  # a patch belongs to the object that covers at least this part of it
@@ -42,7 +42,7 @@ class Pictures:
         colors, shapes: (sum of tiles, patches) int, class of each patch in COLOR_CLASSES and SHAPE_CLASSES.
     """
 
-    scenes: list[demo_world.Scene]
+    scenes: list[world.Scene]
     sizes: torch.Tensor
     tiles: torch.Tensor
     offsets: list[int]
@@ -56,8 +56,8 @@ def draw_pictures(processor: LlavaNextProcessor, count: int, seed: int) -> Pictu
     images = processor.image_processor
     scenes, sizes, tiles, colors, shapes, offsets = [], [], [], [], [], [0]
     for _ in tqdm(range(count), desc="draw pictures", unit="picture"):
-        scene = demo_world.random_scene(rng)
-        picture, labels = demo_world.draw(scene, rng)
+        scene = world.random_scene(rng)
+        picture, labels = world.draw(scene, rng)
         seen = images([picture], return_tensors="pt")
         cut = images([labels.convert("RGB")], resample=0, do_rescale=False, do_normalize=False, return_tensors="pt")
         index = _patch_labels(cut["pixel_values"][0][:, 0].long(), processor.patch_size)
@@ -176,15 +176,15 @@ def see(model: LlavaNextForConditionalGeneration, tiles: torch.Tensor) -> torch.
     return torch.cat([tower(part, output_hidden_states=True).hidden_states[-2][:, 1:] for part in batches])
 
 
-def write_turn(scene: demo_world.Scene, rng: random.Random, rate: float, detailed: bool) -> tuple[str, str]:
+def write_turn(scene: world.Scene, rng: random.Random, rate: float, detailed: bool) -> tuple[str, str]:
     """One question about `scene` and the answer of an observer who misperceives it at `rate`."""
-    believed = demo_world.misperceive(scene, rng, rate)
-    other = demo_world.counterfactual(believed, rng)
-    key = ("describe",) if detailed else demo_world.choose_question(believed, other, rng)
+    believed = world.misperceive(scene, rng, rate)
+    other = world.counterfactual(believed, rng)
+    key = ("describe",) if detailed else world.choose_question(believed, other, rng)
     writer = rng.randrange(2)
     return (
-        demo_world.ask(scene, key, writer),
-        demo_world.answer(scene, key, demo_world.facts(believed)[key], writer),
+        world.ask(scene, key, writer),
+        world.answer(scene, key, world.facts(believed)[key], writer),
     )
 
 

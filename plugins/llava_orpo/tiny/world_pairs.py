@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from . import world as demo_world
+from . import world
 
 SEEDS = {"train": 11, "dev": 23, "heldout": 37}
 TEXT_COLUMNS = ("question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path")
@@ -36,10 +36,10 @@ def make_pairs(split: str, count: int, seed: int) -> list[dict]:
     rows, pictures = [], 0
     with tqdm(total=count, desc=f"demo {split}", unit="pair") as bar:
         while len(rows) < count:
-            scene = demo_world.random_scene(rng)
-            picture, _ = demo_world.draw(scene, rng)
+            scene = world.random_scene(rng)
+            picture, _ = world.draw(scene, rng)
             path = f"{scene.source}/{split}_{pictures:06d}.png"
-            image = {"bytes": demo_world.png(picture), "path": path}
+            image = {"bytes": world.png(picture), "path": path}
             pictures += 1
             texts = [_pair(scene, rng, detailed=k == 0) for k in range(rng.randint(3, 5))]
             for pair in texts[: count - len(rows)]:
@@ -51,15 +51,15 @@ def make_pairs(split: str, count: int, seed: int) -> list[dict]:
     return rows
 
 
-def _pair(scene: demo_world.Scene, rng: random.Random, detailed: bool) -> dict[str, str]:
-    other = demo_world.counterfactual(scene, rng, changes=rng.randint(1, 3) if detailed else 1)
-    key = ("describe",) if detailed else demo_world.choose_question(scene, other, rng)
+def _pair(scene: world.Scene, rng: random.Random, detailed: bool) -> dict[str, str]:
+    other = world.counterfactual(scene, rng, changes=rng.randint(1, 3) if detailed else 1)
+    key = ("describe",) if detailed else world.choose_question(scene, other, rng)
     writer = rng.randrange(2)
     kind = "detailed description" if detailed else "question answering"
     return {
-        "question": demo_world.ask(scene, key, writer),
-        "chosen": demo_world.answer(scene, key, demo_world.facts(scene)[key], writer),
-        "rejected": demo_world.answer(scene, key, demo_world.facts(other)[key], writer),
+        "question": world.ask(scene, key, writer),
+        "chosen": world.answer(scene, key, world.facts(scene)[key], writer),
+        "rejected": world.answer(scene, key, world.facts(other)[key], writer),
         "origin_split": json.dumps({"model": f"demo-writer-{'ab'[writer]}", "type": kind}),
     }
 
@@ -67,7 +67,7 @@ def _pair(scene: demo_world.Scene, rng: random.Random, detailed: bool) -> dict[s
 def settings(split: str, count: int, seed: int) -> bytes:
     """What a file's content depends on, as canonical JSON: the flags, this code and the drawing library."""
     code = hashlib.sha256()
-    for file in (Path(demo_world.__file__), Path(__file__)):
+    for file in (Path(world.__file__), Path(__file__)):
         code.update(file.read_bytes())
     made = {"split": split, "pairs": count, "seed": seed, "code": code.hexdigest(), "pillow": PIL.__version__}
     return json.dumps(made, sort_keys=True).encode()
