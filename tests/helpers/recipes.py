@@ -11,7 +11,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from helpers.paths import ROOT
-from llava_orpo.export import original_tokenizer
+from llava_orpo.export import original_files, original_tokenizer
 from llava_orpo.tiny import photo_pairs
 from llava_orpo.tiny import random_model as random_llava
 
@@ -24,7 +24,7 @@ def random_model(name: str = "small56") -> Path:
     """A random LLaVA-NeXT made once for all test processes: `small56` (56-pixel tiles) or a named geometry."""
     geometry = SMALL if name == "small56" else random_llava.GEOMETRIES[name]
     code = hashlib.sha256()  # a folder that other code made, of another tokenizer for example, is not taken
-    for module in (random_llava, original_tokenizer):
+    for module in (random_llava, original_tokenizer, original_files):
         code.update(Path(module.__file__).read_bytes())
     out = CACHE / f"{name}-{code.hexdigest()[:8]}"
     CACHE.mkdir(parents=True, exist_ok=True)

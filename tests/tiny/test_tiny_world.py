@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import make_tiny_llava
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,12 +25,10 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from helpers.paths import ROOT
+from llava_orpo.tiny import training, world, world_pairs
+from llava_orpo.tiny.model import make_processor, make_tokenizer
 
 SCRIPTS = ROOT / "scripts"
-import make_tiny_llava
-
-from llava_orpo.tiny import training, world_pairs
-from llava_orpo.tiny import world as demo_world
 
 SCHEMA = [
     "ds_name",
@@ -124,7 +123,7 @@ def test_same_seed_same_bytes_and_a_complete_file_is_left_alone(data, tmp_path):
 # --- truth ------------------------------------------------------------------------------------------------------
 
 
-def described(scene: demo_world.Scene) -> str:
+def described(scene: world.Scene) -> str:
     """An independent reading of a scene in the words of writer b's description."""
     sentences = []
     for i, (color, shape) in enumerate(scene.objects):
@@ -139,22 +138,22 @@ def described(scene: demo_world.Scene) -> str:
 @pytest.mark.parametrize("seed", range(20))
 def test_chosen_is_true_of_the_scene_and_rejected_is_not(seed):
     rng = random.Random(seed)
-    scene = demo_world.random_scene(rng)
+    scene = world.random_scene(rng)
     for detailed in (True, False, False, False):
         pair = world_pairs._pair(scene, rng, detailed)
         true = {
-            (demo_world.ask(scene, key, writer), demo_world.answer(scene, key, value, writer))
-            for key, value in demo_world.facts(scene).items()
+            (world.ask(scene, key, writer), world.answer(scene, key, value, writer))
+            for key, value in world.facts(scene).items()
             for writer in (0, 1)
         }
         assert (pair["question"], pair["chosen"]) in true
         assert (pair["question"], pair["rejected"]) not in true
-    assert demo_world.answer(scene, ("describe",), scene.objects, 1) == described(scene)
+    assert world.answer(scene, ("describe",), scene.objects, 1) == described(scene)
 
 
 def test_facts_of_a_known_scene():
     objects = (("red", "circle"), ("blue", "star"), ("red", "square"), ("green", "star"))
-    found = demo_world.facts(demo_world.Scene("DemoGrid", 2, 2, "white", objects))
+    found = world.facts(world.Scene("DemoGrid", 2, 2, "white", objects))
     assert found["color at", 1] == "blue" and found["shape at", 2] == "square"
     assert found["object at", 3] == ("green", "star") and found["row", 1] == objects[2:]
     assert found["count", "star"] == ("circle", "star", "square", "star")
@@ -169,11 +168,11 @@ def test_facts_of_a_known_scene():
 
 def test_conclusions_follow_from_what_is_named():
     objects = (("red", "circle"), ("blue", "star"), ("red", "square"), ("green", "star"))
-    scene = demo_world.Scene("DemoGrid", 2, 2, "white", objects)
-    found = demo_world.facts(scene)
+    scene = world.Scene("DemoGrid", 2, 2, "white", objects)
+    found = world.facts(scene)
 
     def says(*key: object) -> list[str]:
-        return [demo_world.answer(scene, key, found[key], writer) for writer in (0, 1)]
+        return [world.answer(scene, key, found[key], writer) for writer in (0, 1)]
 
     assert says("count", "star") == [
         "I see a circle, a star, a square and a star, so two stars.",
@@ -192,8 +191,8 @@ def test_conclusions_follow_from_what_is_named():
 def test_the_picture_shows_the_scene():
     rng = random.Random(0)
     for _ in range(30):
-        scene = demo_world.random_scene(rng)
-        picture, labels = demo_world.draw(scene, rng)
+        scene = world.random_scene(rng)
+        picture, labels = world.draw(scene, rng)
         for i, (color, _) in enumerate(scene.objects):
             row, column = divmod(i, scene.columns)
             at = (
@@ -201,8 +200,8 @@ def test_the_picture_shows_the_scene():
                 int((row + 0.5) * picture.height / scene.rows),
             )
             near = min(
-                demo_world.COLORS,
-                key=lambda c: sum((a - b) ** 2 for a, b in zip(demo_world.COLORS[c], picture.getpixel(at))),
+                world.COLORS,
+                key=lambda c: sum((a - b) ** 2 for a, b in zip(world.COLORS[c], picture.getpixel(at))),
             )
             assert near == color and labels.getpixel(at) == i + 1
 
@@ -215,10 +214,10 @@ def test_chosen_and_rejected_are_equally_likely_texts():
     rng = random.Random(1)
     ways = collections.Counter()
     for _ in range(8000):
-        scene = demo_world.random_scene(rng)
-        other = demo_world.counterfactual(scene, rng)
-        key = demo_world.choose_question(scene, other, rng)
-        a, b = (str(demo_world.facts(s)[key]) for s in (scene, other))
+        scene = world.random_scene(rng)
+        other = world.counterfactual(scene, rng)
+        key = world.choose_question(scene, other, rng)
+        a, b = (str(world.facts(s)[key]) for s in (scene, other))
         ways[key[0], min(a, b), max(a, b), a < b] += 1
     for kind, low, high in {k[:3] for k in ways}:
         forth, back = ways[kind, low, high, True], ways[kind, low, high, False]
@@ -265,7 +264,7 @@ def test_untrained_model_loads_whole_and_generates(untrained):
     assert config.text_config.hidden_size % 128 == 0 and config.text_config.intermediate_size % 128 == 0
     assert config.text_config.vocab_size % 64 == 0
     processor = AutoProcessor.from_pretrained(untrained)
-    image = demo_world.draw(demo_world.random_scene(random.Random(0)), random.Random(0))[0]
+    image = world.draw(world.random_scene(random.Random(0)), random.Random(0))[0]
     message = {"role": "user", "content": [{"type": "text", "text": "What is there?"}, {"type": "image"}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     assert prompt == "[INST] <image>\nWhat is there? [/INST]"
@@ -301,7 +300,7 @@ def test_chat_template_writes_the_whole_conversation(untrained):
         {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
         {"role": "user", "content": [{"type": "text", "text": "Two?"}]},
     ]
-    assert processor.apply_chat_template(turns) == "[INST] <image>\nOne? [/INST] Yes.</s>[INST] Two? [/INST]"
+    assert processor.apply_chat_template(turns) == "[INST] <image>\nOne? [/INST] Yes.</s> [INST] Two? [/INST]"
 
 
 @pytest.fixture(scope="session")
@@ -339,19 +338,19 @@ def test_tokenizer_is_of_the_llama_kind(tokenizer):
 
 def test_tokenizer_is_read_back_as_it_was_made(tmp_path):
     """From the model's folder, where config.json says llava_next, and as saved again from there, without that file."""
-    made, model, again = make_tiny_llava.make_tokenizer(7, turns=50), tmp_path / "model", tmp_path / "adapter"
-    make_tiny_llava.make_processor(made).save_pretrained(model)
-    (model / "config.json").write_text('{"model_type": "llava_next"}')
-    AutoProcessor.from_pretrained(model).save_pretrained(again)
+    made, folder, again = make_tokenizer(7, turns=50), tmp_path / "model", tmp_path / "adapter"
+    make_processor(made).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llava_next"}')
+    AutoProcessor.from_pretrained(folder).save_pretrained(again)
     texts = ["[INST] <image>\nWhat? [/INST] It is.</s> [INST] So? [/INST]", " a", "</s> </s>\n", "", "▁"]
     want = made(texts)["input_ids"]
     pieces = made.convert_ids_to_tokens(want[0])
     assert pieces[pieces.index("</s>") :][:4] == ["</s>", "▁", "▁", "["]  # the mark and the text's own space
-    for folder in (model, again):
-        assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == want
-        assert AutoProcessor.from_pretrained(folder).tokenizer(texts)["input_ids"] == want
-        assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
-        described = json.loads((folder / "tokenizer.json").read_text())
+    for place in (folder, again):
+        assert AutoTokenizer.from_pretrained(place)(texts)["input_ids"] == want
+        assert AutoProcessor.from_pretrained(place).tokenizer(texts)["input_ids"] == want
+        assert json.loads((place / "tokenizer_config.json").read_text())["legacy"] is True
+        described = json.loads((place / "tokenizer.json").read_text())
         assert described["pre_tokenizer"] is None
         assert [part["type"] for part in described["normalizer"]["normalizers"]] == ["Prepend", "Replace"]
 
@@ -368,12 +367,11 @@ def test_training_tokenizes_turns_as_the_processor_does(untrained):
         assert start + ids[:-response] == processor.tokenizer(prompt)["input_ids"]
 
 
-def test_same_seed_same_weights_and_a_complete_folder_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_same_seed_same_weights_and_a_complete_folder_is_left_alone(tmp_path, capsys):
     def make(name: str) -> Path:
         flags = ["--images", "24", "--sight-steps", "2", "--steps", "2", "--habit-steps", "1"]
-        monkeypatch.setattr(sys, "argv", ["make_tiny_llava.py", "--out", str(tmp_path / name), *flags])
         threads = torch.get_num_threads()
-        make_tiny_llava.main()
+        assert make_tiny_llava.main(["--out", str(tmp_path / name), *flags]) == 0
         torch.set_num_threads(threads)
         return tmp_path / name / "model.safetensors"
 

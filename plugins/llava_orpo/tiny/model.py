@@ -29,29 +29,14 @@ from transformers import (
 )
 
 from ..checkpoint.published import published_name
+from ..data.conversation import CONVERSATIONS
+from ..export.original_files import chat_template
 from . import training, world
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 # The published five grids, in units of one tile.
 PINPOINTS = [[IMAGE_SIZE * h, IMAGE_SIZE * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 SETTINGS_FILE = "tiny_llava.json"
-# Says what the template of llava-hf/llava-v1.6-mistral-7b-hf says: images before text, "[INST] ... [/INST]", then a
-# space, the answer and </s>. BOS is the tokenizer's.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '[INST] ' -}}
-        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-        {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-        {{- ' [/INST]' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- ' ' + message['content'][0]['text'] + '</s>' -}}
-    {%- else -%}
-        {{- raise_exception('Only system, user and assistant roles are supported!') -}}
-    {%- endif -%}
-{%- endfor -%}"""
 
 
 def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
@@ -107,7 +92,7 @@ def make_processor(tokenizer: LlamaTokenizer) -> LlavaNextProcessor:
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(CONVERSATIONS["llava_v16_mistral"]),
     )
 
 

@@ -22,15 +22,11 @@ from transformers import (
 )
 
 from ..checkpoint.published import published_names
+from ..data.conversation import CONVERSATIONS
+from ..export.original_files import chat_template
 from ..export.original_tokenizer import TOKENIZER_MODEL, tokenizer_json
 
 PATCH = 14
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s>' }}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
         tokenizer=tokenizer(out),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(CONVERSATIONS["llava_v16_mistral"]),
         num_additional_image_tokens=1,
     )
     with tempfile.TemporaryDirectory() as folder:  # it would rewrite the tokenizer's files too
