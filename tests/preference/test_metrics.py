@@ -370,3 +370,23 @@ def test_grounding_reports_each_condition_and_its_difference():
     assert result["true_minus_other"]["mcnemar_p"] == pytest.approx(2 * 0.5**40, rel=1e-9)
     with pytest.raises(ValueError, match="missing from the second set: 'p7'"):
         metrics.grounding(true, grey[:7] + grey[8:], other)
+
+
+def test_the_seed_is_zero_unless_given_and_stands_in_the_result():
+    """Two reports of the same scores have the same bounds, and say with which seed they can be drawn again."""
+    a, b = random_pairs(30, seed=2), random_pairs(30, seed=3)
+    result = metrics.compare(a, b)
+    assert (result["seed"], result["n_boot"]) == (0, 2000)
+    assert result == metrics.compare(a, b, seed=0, n_boot=2000)
+    assert result["margin_difference_low"] != metrics.compare(a, b, seed=1)["margin_difference_low"]
+
+
+def test_grounding_is_two_comparisons_with_one_seed():
+    true, grey, other = (
+        [replace(pair, image_condition=condition) for pair in random_pairs(30, seed=seed)]
+        for seed, condition in ((2, "true"), (3, "grey"), (4, "other"))
+    )
+    for keys in ({"seed": 5, "n_boot": 300}, {}):
+        result = metrics.grounding(true, grey, other, **keys)
+        assert result["true_minus_grey"] == metrics.compare(true, grey, **keys)
+        assert result["true_minus_other"] == metrics.compare(true, other, **keys)

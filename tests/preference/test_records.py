@@ -117,7 +117,10 @@ def test_broken_history_is_named_and_kept(tmp_path):
     path = tmp_path / "preference_eval.json"
     for text, message in [
         ('{"format": 1,\n "hist', ":2: not JSON"),
-        ('{"format": 2}', "no preference history of format 1"),
+        ('{"format": 2, "history": []}', "no preference history of format 1"),
+        ('{"format": 1}', "no preference history of format 1"),
+        ('{"format": 1, "history": {}}', "no preference history of format 1"),
+        ("[1, 2]", "no preference history of format 1"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError, match=f"preference_eval.json{message}|preference_eval.json: {message}"):
