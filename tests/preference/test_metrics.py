@@ -225,6 +225,7 @@ def test_subsets_need_enough_pairs():
     pairs += [make_pair(f"b{i}", -2.0, -1.0, source="vqa") for i in range(19)]
     pairs += [make_pair("c", -1.0, -2.0, source="coco", question_type="detailed description")]
     summary = metrics.summarize(pairs, beta=0.1, min_subset=20)
+    assert metrics.summarize(pairs, beta=0.1) == summary, "20 pairs unless the recipe says otherwise"
     assert set(summary["subsets"]) == set(summary["small_subsets"]) == {"source", "question_type", "subset"}
     assert summary["subsets"]["source"]["coco"]["preference_accuracy"] == 1.0
     assert summary["subsets"]["source"]["coco"]["n"] == 21
@@ -292,6 +293,7 @@ def test_compare_against_mcnemar_and_hand_counts():
         [(~right_a & right_b).sum(), (~right_a & ~right_b).sum()],
     ]
     assert [[result["both"], result["only_a"]], [result["only_b"], result["neither"]]] == table
+    assert (result["accuracy_a"], result["accuracy_b"]) == (right_a.mean(), right_b.mean())
     assert result["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
     assert result["difference"] == pytest.approx(right_a.mean() - right_b.mean(), abs=1e-15)
     gains = [x.margin - y.margin for x, y in zip(a, b, strict=True)]
