@@ -104,6 +104,16 @@ def test_an_evaluation_is_pairs_a_history_and_examples_with_their_images(tmp_pat
         assert (picture.format, picture.size, picture.getpixel((0, 0))) == ("PNG", (5, 3), (3, 0, 0))
 
 
+def test_a_later_evaluation_goes_into_the_same_folder(tmp_path):
+    rows, evaluation = evaluated()
+    for step in (40, 20, 40):  # a resumed run evaluates a step again
+        examples = writing.write_evaluation(tmp_path, rows, evaluation, Words(), 2, step=step, epoch=step / 40)
+        assert [one["pair_id"] for one in examples] == ["p3", "p2"]
+    assert [entry["step"] for entry in read_history(tmp_path / "preference_eval.json")] == [20, 40]
+    assert len((tmp_path / "preference_examples.jsonl").read_text().splitlines()) == 2
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"row-3.png", "row-2.png"}
+
+
 def test_one_of_several_sets_adds_its_pairs_and_no_examples(tmp_path):
     rows, evaluation = evaluated()
     assert writing.write_evaluation(tmp_path, rows, evaluation, Words(), 4, step=1, epoch=0.1, suffix="_b") == []

@@ -245,6 +245,25 @@ def test_plain_use_is_untouched(base):
     disable(model)
 
 
+@pytest.mark.parametrize("whole_last_layer", [False, True])
+def test_attention_dropout_is_that_of_the_model(monkeypatch, whole_last_layer):
+    if whole_last_layer:
+        monkeypatch.setattr("llava_orpo.step.last_layer.SERVED", ())
+    model = tiny_llava(attention_dropout=0.5)
+    example = make_example(model, None, [4], [(3, 5)], seed=1)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return packed_forward(model, packed_of([example]))
+
+    enable(model)
+    model.train()
+    assert torch.equal(run(0), run(0)) and not torch.allclose(run(0), run(1), rtol=0.01)
+    model.eval()
+    assert torch.equal(run(0), run(1))
+
+
 def test_base_implementation_runs_under_its_own_name():
     """flash_attention_forward picks its kernel by the name in the module's config."""
     from transformers import AttentionInterface
