@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from transformers import (
     LlavaNextImageProcessor,
     LlavaNextProcessor,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextModel,
     image_size_to_num_patches,
 )
 
 from helpers.drawn import examples
-from llava_orpo.data.anyres import AnyresGeometry
+from llava_orpo.data.anyres import AnyresGeometry, processor_geometry
 
 GRID_336 = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # llava-v1.6
 GRID_56 = tuple((h // 6, w // 6) for h, w in GRID_336)
@@ -47,9 +49,7 @@ def make_config(geometry):
         image_size=geometry.image_size,
         patch_size=geometry.patch_size,
     )
-    text = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16
-    )
+    text = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
     return LlavaNextConfig(
         vision_config=vision,
         text_config=text,
@@ -127,9 +127,7 @@ def test_every_small_size(models):
             assert counted == model_tiles_and_tokens(model, width, height), (width, height)
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1), (1, 500), (500, 1), (3, 3), (3, 100), (64, 48), (640, 480), (56, 168)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 3), (3, 100), (64, 48), (640, 480), (56, 168)])
 @pytest.mark.parametrize("name", ["56", "56, 3 tiles"])
 def test_whole_model_and_image_processor(models, name, size):
     """Pixels through the real image processor, vision tower and projector: tiles and features as counted."""
@@ -162,6 +160,33 @@ def test_a_very_long_image_keeps_no_grid_row():
     assert GEOMETRIES["336"].num_image_tokens(30000, 1) == 576
 
 
+def test_an_image_of_which_nothing_is_kept_wastes_the_least():
+    points = ((112, 112), (56, 112), (112, 56))
+    for width, height in ((30000, 1), (1, 30000)):
+        assert AnyresGeometry(56, 14, points).best_resolution(width, height) == (56, 112)
+        assert select_best_resolution((height, width), points) == (56, 112)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 28}, {"height": 28, "width": 28}])
+@pytest.mark.parametrize("crop", [None, {"height": 28, "width": 28}])
+def test_the_geometry_of_a_processor(size, crop):
+    def processor(**changes):
+        image_processor = SimpleNamespace(size=size, crop_size=crop, image_grid_pinpoints=[[28, 56], [56, 28]])
+        fields = {"image_processor": image_processor, "patch_size": 7, "vision_feature_select_strategy": "default"}
+        return SimpleNamespace(**fields | changes)
+
+    expected = AnyresGeometry(28, 7, ((28, 56), (56, 28)))
+    assert processor_geometry(processor()) == expected
+    assert processor_geometry(processor(vision_feature_select_strategy=None)) == expected
+    with pytest.raises(ValueError, match="default"):
+        processor_geometry(processor(vision_feature_select_strategy="full"))
+    other = SimpleNamespace(size=size, crop_size=crop)
+    bare = SimpleNamespace(image_processor=other)
+    for lacking in (None, bare, processor(image_processor=other), processor(patch_size=None)):
+        with pytest.raises(ValueError, match="no LLaVA-NeXT processor"):
+            processor_geometry(lacking)
+
+
 def test_limited():
     geometry = GEOMETRIES["336"]
     assert geometry.limited(4) == geometry
@@ -176,8 +201,9 @@ def test_refusals():
     for size in ((0, 5), (5, -1)):
         with pytest.raises(ValueError, match="no tiles"):
             GEOMETRIES["336"].num_image_tokens(*size)
-    with pytest.raises(ValueError, match="not whole 336-pixel"):
-        AnyresGeometry(336, 14, ((336, 500),))
+    for point in ((336, 500), (500, 336), (0, 336), (336, 0), (-336, 336)):
+        with pytest.raises(ValueError, match="not whole 336-pixel"):
+            AnyresGeometry(336, 14, (point,))
     with pytest.raises(ValueError, match="empty"):
         AnyresGeometry(336, 14, ())
     with pytest.raises(ValueError, match="default"):

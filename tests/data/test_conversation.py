@@ -112,9 +112,7 @@ def test_response_is_what_the_chat_template_renders_after_the_prompt(name):
 
 
 def test_known_ids():
-    [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(
-        mistral_v1(), ["What is this?"], ["The cat sat."], [""], [True]
-    )
+    [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(mistral_v1(), ["What is this?"], ["The cat sat."], [""], [True])
     image = [28705, 32000, 28705]  # a legacy tokenizer's word-start mark is before the newline too
     assert prompt == [1, 733, 16289, 28793, *image, 13, 3195, 349, 456, 28804, 733, 28748, 16289, 28793]
     assert chosen == [415, 5255, 2495, 28723, 2]
@@ -130,9 +128,7 @@ def test_known_ids():
 @example("  a\n", "\n", " T", False)
 @example(" a", " ", "\n ", True)
 @example("\n", "▁", "", True)
-def test_ids_equal_the_tokenizer_on_the_whole_string(
-    conversation, tokenizer, question, chosen, rejected, image
-):
+def test_ids_equal_the_tokenizer_on_the_whole_string(conversation, tokenizer, question, chosen, rejected, image):
     tokenizer = tokenizer()
     if has_literal(question, chosen, rejected):
         return
@@ -156,10 +152,7 @@ def test_a_piece_across_the_end_of_the_prompt_goes_to_the_response():
     assert tokenizer.convert_ids_to_tokens(rejected)[0] == "t\n"
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "n"
     [(prompt, chosen, rejected)] = MISTRAL.encode_pairs(tokenizer, ["a"], ["The"], ["a"], [False])
-    assert (
-        tokenizer.convert_ids_to_tokens(chosen)[0] == "]▁T"
-        and tokenizer.convert_ids_to_tokens(rejected)[0] == "]▁"
-    )
+    assert tokenizer.convert_ids_to_tokens(chosen)[0] == "]▁T" and tokenizer.convert_ids_to_tokens(rejected)[0] == "]▁"
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "T"
 
 
@@ -210,9 +203,7 @@ def test_ids_equal_the_processor_with_a_real_image(size, kind):
         crop_size={"height": 56, "width": 56},
         image_grid_pinpoints=[list(p) for p in geometry.grid_pinpoints],
     )
-    processor = LlavaNextProcessor(
-        image_processor, mistral_v1(kind), 14, "default", num_additional_image_tokens=1
-    )
+    processor = LlavaNextProcessor(image_processor, mistral_v1(kind), 14, "default", num_additional_image_tokens=1)
     text = MISTRAL.render_prompt("What is this?", True) + MISTRAL.render_response("A cat.")
     inputs = processor(images=Image.new("RGB", size), text=text)
     [(prompt, chosen, _)] = MISTRAL.encode_pairs(mistral_v1(kind), ["What is this?"], ["A cat."], ["x"], [True])
@@ -231,6 +222,30 @@ def test_literal_and_plain_rows_mix_in_a_batch():
     alone = [MISTRAL.encode_pairs(tokenizer, *zip(row, strict=True))[0] for row in rows]
     assert together == alone
     assert together[1][0].count(32000) == 1 and 32000 not in together[1][1] and together[1][2].count(2) == 1
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_rows_tokenized_apart_and_rows_tokenized_whole_mix_in_a_batch(conversation):
+    """Each row's ids stand in its own place, whichever way its neighbours are tokenized and however many they are."""
+    tokenizer = joining_bpe()
+    rows = [
+        ("a", "The", "the", False),
+        ("b", "\nThe", "the", True),  # only the chosen answer could be joined to chatml's prompt
+        ("c d", "n", "\nt", False),  # only the rejected one
+        ("e", "\n", "\n\nm", True),
+        ("f", "", "g", True),
+        ("h", "im", "ag", False),
+    ]
+    apart = [all(begins_apart(conversation, tokenizer, answer) for answer in row[1:3]) for row in rows]
+    assert apart == ([True, False, False, False, True, True] if conversation is CHATML else [False] * 6)
+    for order in (rows, rows[::-1], rows[1:4], rows[:1] + rows[4:]):
+        together = conversation.encode_pairs(tokenizer, *zip(*order, strict=True))
+        assert len(together) == len(order)
+        for (question, *answers, image), (prompt, *responses) in zip(order, together, strict=True):
+            for answer, response in zip(answers, responses, strict=True):
+                text = conversation.render_prompt(question, image) + conversation.render_response(answer)
+                assert prompt + response == tokenizer(text).input_ids
+    assert conversation.encode_pairs(tokenizer, [], [], [], []) == []
 
 
 def test_encoding_leaves_the_tokenizer_as_it_was_and_ignores_its_truncation():
@@ -269,7 +284,7 @@ def test_turns_join_to_the_whole_conversation(name, turns, kind):
     prompt = conversation.encode_prompt(tokenizer, turns[-1][0], True, history=turns[:-1])
     assert joined[: len(prompt)] == prompt
     assert len(encoded) == len(turns) and joined.count(32000) == 1 and encoded[0][0].count(32000) == 1
-    for (_, answer), (_, response) in zip(turns, encoded):
+    for (_, answer), (_, response) in zip(turns, encoded, strict=True):
         assert tokenizer.decode(response, skip_special_tokens=True).strip() == answer.strip()
 
 

@@ -8,51 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from helpers.recipes import photo_rows, random_model, tokenized, write_rows
-from llava_orpo.data import image_store, images, rows
+from llava_orpo.data import image_store, images
 from llava_orpo.data.anyres import processor_geometry
-
-# rows as plain Python -----------------------------------------------------------------------------------------
-
-
-@given(st.text())
-def test_normal_ignores_case_and_punctuation(text):
-    assert rows.normal(text) == rows.normal(f" {text.upper().lower()}-") or text.upper().lower() != text.lower()
-    assert rows.normal("VQA v2") == rows.normal("vqa_V2")
-
-
-def test_filter_on_columns_and_inside_origin_split():
-    table = [
-        {"origin_dataset": "MS-COCO", "origin_split": json.dumps({"model": "m", "type": "Detailed_Description"})},
-        {"origin_dataset": "VQA v2", "origin_split": json.dumps({"model": "m", "type": "question answering"})},
-        {"origin_dataset": "mscoco", "origin_split": "not json"},
-    ]
-    assert rows.filter_rows(table, {"origin_dataset": ["mscoco"]}, "d") == [0, 2]
-    assert rows.filter_rows(table, {"origin_split": {"type": "detailed description"}}, "d") == [0]
-    assert rows.filter_rows(table, {"origin_split.type": "detailed description"}, "d") == [0]
-    assert rows.filter_rows(table, {"origin_split": "question answering"}, "d") == [1]
-    assert rows.filter_rows(table, {"origin_dataset": "mscoco", "origin_split": "NOT JSON"}, "d") == [2]
-    with pytest.raises(ValueError, match=r"(?s)matches no row of d.*'MS-COCO' \(1\).*'VQA v2' \(1\)"):
-        rows.filter_rows(table, {"origin_dataset": "okvqa"}, "d")
-    with pytest.raises(ValueError, match="no column 'orgin_dataset'; its columns are origin_dataset, origin_split"):
-        rows.filter_rows(table, {"orgin_dataset": "mscoco"}, "d")
-
-
-@given(st.lists(st.binary(max_size=8), min_size=200, max_size=400, unique=True), st.sampled_from([0.1, 0.3]))
-def test_heldout_share_and_determinism(contents, fraction):
-    hashes = [images.content_hash(data) for data in contents]
-    held = [rows.is_heldout(h, fraction) for h in hashes]
-    assert held == [rows.is_heldout(h, fraction) for h in hashes]
-    spread = 6 * (fraction * (1 - fraction) / len(held)) ** 0.5
-    assert abs(sum(held) / len(held) - fraction) < spread
-    assert all(rows.is_heldout(h, 0.5) for h, inside in zip(hashes, held) if inside)  # a larger part contains it
-
-
-# through LLaMA-Factory ----------------------------------------------------------------------------------------
 
 
 def register(folder: Path, name: str, **entry) -> None:

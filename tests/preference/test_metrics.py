@@ -225,6 +225,7 @@ def test_subsets_need_enough_pairs():
     pairs += [make_pair(f"b{i}", -2.0, -1.0, source="vqa") for i in range(19)]
     pairs += [make_pair("c", -1.0, -2.0, source="coco", question_type="detailed description")]
     summary = metrics.summarize(pairs, beta=0.1, min_subset=20)
+    assert metrics.summarize(pairs, beta=0.1) == summary, "20 pairs unless the recipe says otherwise"
     assert set(summary["subsets"]) == set(summary["small_subsets"]) == {"source", "question_type", "subset"}
     assert summary["subsets"]["source"]["coco"]["preference_accuracy"] == 1.0
     assert summary["subsets"]["source"]["coco"]["n"] == 21
@@ -292,6 +293,7 @@ def test_compare_against_mcnemar_and_hand_counts():
         [(~right_a & right_b).sum(), (~right_a & ~right_b).sum()],
     ]
     assert [[result["both"], result["only_a"]], [result["only_b"], result["neither"]]] == table
+    assert (result["accuracy_a"], result["accuracy_b"]) == (right_a.mean(), right_b.mean())
     assert result["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
     assert result["difference"] == pytest.approx(right_a.mean() - right_b.mean(), abs=1e-15)
     gains = [x.margin - y.margin for x, y in zip(a, b, strict=True)]
@@ -370,3 +372,23 @@ def test_grounding_reports_each_condition_and_its_difference():
     assert result["true_minus_other"]["mcnemar_p"] == pytest.approx(2 * 0.5**40, rel=1e-9)
     with pytest.raises(ValueError, match="missing from the second set: 'p7'"):
         metrics.grounding(true, grey[:7] + grey[8:], other)
+
+
+def test_the_seed_is_zero_unless_given_and_stands_in_the_result():
+    """Two reports of the same scores have the same bounds, and say with which seed they can be drawn again."""
+    a, b = random_pairs(30, seed=2), random_pairs(30, seed=3)
+    result = metrics.compare(a, b)
+    assert (result["seed"], result["n_boot"]) == (0, 2000)
+    assert result == metrics.compare(a, b, seed=0, n_boot=2000)
+    assert result["margin_difference_low"] != metrics.compare(a, b, seed=1)["margin_difference_low"]
+
+
+def test_grounding_is_two_comparisons_with_one_seed():
+    true, grey, other = (
+        [replace(pair, image_condition=condition) for pair in random_pairs(30, seed=seed)]
+        for seed, condition in ((2, "true"), (3, "grey"), (4, "other"))
+    )
+    for keys in ({"seed": 5, "n_boot": 300}, {}):
+        result = metrics.grounding(true, grey, other, **keys)
+        assert result["true_minus_grey"] == metrics.compare(true, grey, **keys)
+        assert result["true_minus_other"] == metrics.compare(true, other, **keys)

@@ -58,6 +58,14 @@ def test_scores_that_cannot_be_are_refused(fields, message):
         replace(PAIR, **fields)
 
 
+def test_a_log_prob_above_zero_by_rounding_is_accepted():
+    """Each token's may be rounded up by a thousandth of a nat."""
+    assert replace(PAIR, chosen_logp=0.001, rejected_logp=0.008, rejected_tokens=8).chosen_logp == 0.001
+    for fields in ({"chosen_logp": 0.0011}, {"rejected_logp": 0.0081, "rejected_tokens": 8}):
+        with pytest.raises(UserError, match="above 0"):
+            replace(PAIR, **fields)
+
+
 def test_pairs_survive_the_file_exactly(tmp_path):
     odd = replace(PAIR, pair_id="naïve 漢字 </script>\u2028\n\r\x85", chosen_logp=-0.1, rejected_logp=-1e-300)
     pairs = make_pairs(50, 0.2, seed=9) + [odd]
@@ -117,7 +125,10 @@ def test_broken_history_is_named_and_kept(tmp_path):
     path = tmp_path / "preference_eval.json"
     for text, message in [
         ('{"format": 1,\n "hist', ":2: not JSON"),
-        ('{"format": 2}', "no preference history of format 1"),
+        ('{"format": 2, "history": []}', "no preference history of format 1"),
+        ('{"format": 1}', "no preference history of format 1"),
+        ('{"format": 1, "history": {}}', "no preference history of format 1"),
+        ("[1, 2]", "no preference history of format 1"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError, match=f"preference_eval.json{message}|preference_eval.json: {message}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -219,3 +220,80 @@ def test_a_scored_row_survives_json():
     evaluation = evaluate("ABC", broken="B")
     for one in [*evaluation.scored["true"], *evaluation.unusable]:
         assert scoring.ScoredRow.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+# --- rows of several processes, names, batches ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "positions, world_size, shares",
+    [
+        ([4, 2, 7, 1], 2, [[4, 7], [2, 1]]),
+        ([4, 2, 7, 1, 3], 2, [[4, 7, 3], [2, 1, 3]]),  # all ranks step equally often: the last one repeats
+        ([5], 3, [[5], [5], [5]]),
+        ([5, 6], 1, [[5, 6]]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_ranks_share_the_positions_in_turn(positions, world_size, shares):
+    assert [scoring.shard(positions, rank, world_size) for rank in range(world_size)] == shares
+
+
+def test_merged_rows_are_each_there_once_in_the_order_of_the_set():
+    good, bad = (
+        [scoring.ScoredRow(i, str(i), "d", pair(i)) for i in range(4)],
+        scoring.ScoredRow(4, "4", "d", None, "x"),
+    )
+    assert scoring.merge([[good[3], good[1], bad], [good[0], bad], [good[2], good[3]]]) == (good, [bad])
+    assert scoring.merge([[], []]) == ([], [])
+
+
+def test_names_are_unique_within_their_dataset():
+    named = {"dataset": ["d", "d", "d", "e", "d", "e"], "pair_id": ["a", "a", "", "a", "a", ""]}
+    assert scoring.unique_ids(named) == ["a", "a#2", "row-2", "a", "a#3", "row-5"]
+    made = datasets.Dataset.from_dict(named)
+    assert scoring.unique_ids(made) == scoring.unique_ids(named)
+
+
+def test_pairs_of_one_image_come_together_only_where_the_recipe_and_the_condition_allow():
+    made, order = rows(*"ABABAC"), [5, 4, 3, 2, 1, 0]
+
+    def arranged(condition: str, group: bool = True, at_most: int = 2) -> list[int]:
+        arguments = SimpleNamespace(group_pairs_by_image=group, max_pairs_per_image=at_most)
+        return scoring.in_groups(made, order, 2, condition, arguments)
+
+    for condition in ("true", "grey"):
+        assert arranged(condition) == [4, 2, 3, 1, 5, 0]
+        assert arranged(condition, group=False) == arranged(condition, at_most=1) == order
+    assert arranged("other") == order
+
+
+def test_the_loader_is_the_one_asked_for_and_progress_is_by_batch():
+    made = (
+        datasets.Dataset.from_list(
+            [row("A", i) | {"dataset": "d", "source": "a", "question_type": "x"} for i in range(5)]
+        )
+        .add_column("chosen_ids", [[1]] * 5)
+        .add_column("rejected_ids", [[2, 3]] * 5)
+    )
+    loaders, progress = [], []
+
+    def score_batch(batch: dict) -> dict[str, torch.Tensor]:
+        places = torch.tensor([-1.0 - one["position"] for one in batch["rows"]])
+        return {"logps": torch.cat([places, 2 * places]).requires_grad_(), "loss": -places.half()}
+
+    def collate(batch: list[dict]) -> dict:
+        return {"rows": batch, "bad_images": []}
+
+    def score(positions, **keys):
+        return scoring.score(score_batch, made, positions, collate, 2, on_loader=loaders.append, **keys)
+
+    scored = score([4, 0, 3, 2, 1], on_batch=progress.append)
+    assert [[one.position for one in part] for part in progress] == [[4, 0], [3, 2], [1]]
+    assert scored == [one for part in progress for one in part]
+    for one in scored:
+        assert (one.pair.chosen_logp, one.pair.rejected_logp) == (-1.0 - one.position, -2.0 - 2 * one.position)
+        assert (one.pair.chosen_tokens, one.pair.rejected_tokens, one.loss) == (1, 2, 1.0 + one.position)
+        assert (one.pair.subset, one.pair.image_condition) == ("a/x", "true")
+    assert score([], num_workers=1) == []
+    assert [(loader.batch_size, loader.num_workers) for loader in loaders] == [(2, 0), (2, 1)]

@@ -28,9 +28,7 @@ def one_thread():
 
 def batches(model):
     """name -> examples; every shape of batch the trainer meets."""
-    wide, tall, small, square = (
-        make_image(*size, seed) for seed, size in enumerate((WIDE, TALL, SMALL, SQUARE))
-    )
+    wide, tall, small, square = (make_image(*size, seed) for seed, size in enumerate((WIDE, TALL, SMALL, SQUARE)))
     return {
         "one pair": [make_example(model, wide, [7], [(9, 5)], 0)],
         "one-token responses": [
@@ -176,9 +174,7 @@ def test_through_ddp(tmp_path):
 
 def test_grouped_equals_ungrouped():
     model = tiny_llava()
-    example = make_example(
-        model, make_image(*WIDE, 0), [6, 3, 0], [(4, 5), (1, 8), (3, 3)], 5, shared_question=2
-    )
+    example = make_example(model, make_image(*WIDE, 0), [6, 3, 0], [(4, 5), (1, 8), (3, 3)], 5, shared_question=2)
     enable(model)
     grouped = shared_logps(model, [example])
     alone = [type(example)(image=example.image, pairs=[pair]) for pair in example.pairs]
@@ -214,9 +210,7 @@ def test_responses_do_not_leak():
 def test_groups_do_not_leak():
     model = tiny_llava()
     enable(model)
-    first, second = (
-        make_example(model, make_image(*WIDE, seed), [5, 2], [(4, 5), (2, 3)], seed) for seed in (0, 1)
-    )
+    first, second = (make_example(model, make_image(*WIDE, seed), [5, 2], [(4, 5), (2, 3)], seed) for seed in (0, 1))
     with torch.no_grad():
         before = shared_logps(model, [first, second])
         changed = shared_logps(model, [type(first)(image=make_image(*WIDE, 9), pairs=first.pairs), second])
@@ -244,11 +238,30 @@ def test_plain_use_is_untouched(base):
     assert enable(model) == f"shared_prefix:sdpa:{base}" and is_enabled(model)
     assert model.config.vision_config._attn_implementation == vision == base
     assert model.model.vision_tower.config._attn_implementation == base
-    assert all(torch.equal(a, b) for a, b in zip(before, run()))
+    assert all(torch.equal(a, b) for a, b in zip(before, run(), strict=True))
     assert "attn_implementation" not in str(model.config.to_dict())
     disable(model)
     assert model.config.get_text_config()._attn_implementation == base and not is_enabled(model)
     disable(model)
+
+
+@pytest.mark.parametrize("whole_last_layer", [False, True])
+def test_attention_dropout_is_that_of_the_model(monkeypatch, whole_last_layer):
+    if whole_last_layer:
+        monkeypatch.setattr("llava_orpo.step.last_layer.SERVED", ())
+    model = tiny_llava(attention_dropout=0.5)
+    example = make_example(model, None, [4], [(3, 5)], seed=1)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return packed_forward(model, packed_of([example]))
+
+    enable(model)
+    model.train()
+    assert torch.equal(run(0), run(0)) and not torch.allclose(run(0), run(1), rtol=0.01)
+    model.eval()
+    assert torch.equal(run(0), run(1))
 
 
 def test_base_implementation_runs_under_its_own_name():
@@ -363,9 +376,7 @@ def test_response_logps_gradient_and_chunks():
 
 tokens = st.lists(st.integers(5, 7), min_size=1, max_size=5)
 drawn_groups = st.lists(
-    st.lists(
-        st.builds(TokenPair, prompt_ids=tokens, chosen_ids=tokens, rejected_ids=tokens), min_size=1, max_size=4
-    ),
+    st.lists(st.builds(TokenPair, prompt_ids=tokens, chosen_ids=tokens, rejected_ids=tokens), min_size=1, max_size=4),
     min_size=1,
     max_size=4,
 )
@@ -394,7 +405,7 @@ def test_pack_invariants(groups):
     assert packed.n_pairs == len(pairs) and packed.lengths.tolist() == [len(a) for a in answers]
     assert list(packed.response_lengths) == packed.lengths.tolist()
     at = 0
-    for sequence, answer in zip(full, answers):
+    for sequence, answer in zip(full, answers, strict=True):
         prompt = len(sequence) - len(answer)
         for offset, token in enumerate(answer):
             position, target = packed.logits_to_keep[at].item(), packed.targets[at].item()
@@ -406,7 +417,7 @@ def test_pack_invariants(groups):
     assert len(ids) <= sum(map(len, full))
     # The attention's two forms of the same rule.
     start = 0
-    for (root, tail), mask in zip(layout.groups, layout.tail_masks(torch.float32)):
+    for (root, tail), mask in zip(layout.groups, layout.tail_masks(torch.float32), strict=True):
         seen = mask[0, 0] == 0
         assert seen.shape == (tail, root + tail) and seen[:, :root].all()
         rows = range(start + root, start + root + tail)
@@ -416,9 +427,7 @@ def test_pack_invariants(groups):
 
 
 @examples(30)
-@given(
-    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4)
-)
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4))
 def test_block_mask_shows_exactly_what_the_layout_says(sizes):
     layout = pack([[TokenPair([1] * p, [2] * c, [3] * r)] for p, c, r in sizes]).layout
     block_mask, length = layout.block_mask(), layout.num_tokens
@@ -435,6 +444,17 @@ def test_block_mask_shows_exactly_what_the_layout_says(sizes):
                 area = (slice(q * 128, (q + 1) * 128), slice(k * 128, (k + 1) * 128))
                 covered[area] = visible[area] if kind == "partial" else True
     assert torch.equal(covered, allowed)
+
+
+def test_block_mask_leaves_out_what_no_query_can_see():
+    """Two groups of two blocks each: nothing above the diagonal, no other group, and whole blocks need no mask."""
+    block_mask = pack([[TokenPair([1] * 128, [2] * 64, [3] * 64)]] * 2).layout.block_mask()
+
+    def listed(num, indices):
+        return [indices[0, 0, query, :count].tolist() for query, count in enumerate(num[0, 0].tolist())]
+
+    assert listed(block_mask.kv_num_blocks, block_mask.kv_indices) == [[0], [1], [2], [3]]
+    assert listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices) == [[], [0], [], [2]]
 
 
 def test_equal_prompts_share_their_question():
@@ -468,9 +488,7 @@ def test_moving_a_batch_moves_the_layout():
     packed = pack([[TokenPair([1, 2], [3], [4, 5])]])
     packed.layout.tail_masks(torch.float32)
     meta = packed.to("meta", non_blocking=True)
-    assert {meta.input_ids.device.type, meta.targets.device.type, meta.layout.subtree_end.device.type} == {
-        "meta"
-    }
+    assert {meta.input_ids.device.type, meta.targets.device.type, meta.layout.subtree_end.device.type} == {"meta"}
     assert meta.layout.tail_masks(torch.float32)[0].device.type == "meta"
     assert packed.input_ids.device.type == "cpu" and meta.response_lengths == (1, 2)
     assert isinstance(meta.layout, SharedPrefixLayout)
