@@ -1,10 +1,10 @@
-"""Tokenizing, collating and disk: LLaMA-Factory's own way with rows like RLAIF-V's, and ours.
+"""Tokenizing, collating and disk: stock LLaMA-Factory on rows like RLAIF-V's, against the plugin.
 
     python benchmarks/data_side.py                # 400 pairs on 400 photographs of eight aspect ratios
 
 LLaMA-Factory runs without the plugin: its alpaca format, its llava_next plugin and template, `<image>` and a newline
-put before each question (its own rlaif_v entry stops at the first row without it). Each side in a process of its own
-with an empty datasets cache, single process, image preprocessing included in both collators. Tokenizing counts the
+put before each question (its own rlaif_v entry stops at the first row without it). Each side runs in a process of its
+own with an empty datasets cache, without workers; both collators include image preprocessing. Tokenizing counts the
 time inside the processor's `preprocess_dataset`; ours adds the reading of image headers, which happens before. The
 first row of a process is tokenized apart (`first_row_seconds`: ours prepares its tokenizer once, about a second).
 Writes results/data_side.json.
@@ -45,7 +45,7 @@ def clock(owner, name: str, seconds: dict[str, float]) -> None:
 
 
 def one_side(side: str, geometry: str, folder: Path, collate: int) -> dict:
-    """Tokenizes and collates; run in a process of its own."""
+    """Tokenizes and collates; runs in a process of its own."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -100,7 +100,7 @@ def one_side(side: str, geometry: str, folder: Path, collate: int) -> dict:
 
 
 def ratios(sides: dict[str, dict]) -> dict[str, float]:
-    """Above 1: ours is faster, or writes less."""
+    """The stock figure over ours; above 1 ours is faster, or writes less."""
     stock, ours = sides["stock"], sides["ours"]
     return {
         "tokenizing": ours["rows_per_second"] / stock["rows_per_second"],
@@ -116,7 +116,7 @@ def show(result: dict) -> str:
         "rows tokenized per second": ("tokenizing", lambda side: side["rows_per_second"]),
         "first row of a process, s": (None, lambda side: side["first_row_seconds"]),
         "load + convert + tokenize, s": ("get_dataset", lambda side: side["get_dataset_seconds"]),
-        "collate, ms a pair": ("collate", lambda side: side["collate_milliseconds_per_pair"]),
+        "collate, ms per pair": ("collate", lambda side: side["collate_milliseconds_per_pair"]),
         "datasets cache, MB": ("disk", lambda side: side["cache_bytes"] / 1e6),
     }
     rows = [

@@ -2,9 +2,9 @@
 
     python benchmarks/eval_speed.py                  # geometry mid, 8 pairs, batches of 2
 
-Same weights, token ids and pixels, in turn (A B A B), medians; collating included on both sides, no dataloader workers.
-Ours also writes its files (per-pair scores, examples with images). Peak memory as in orpo_step.py, each side in a
-process of its own. Writes results/eval_<geometry>.json.
+Both sides have the same weights, token ids and pixels, and run in turn (A B A B). Times are medians and include
+collating, which runs without dataloader workers. Ours also writes its files (per-pair scores, examples with images).
+Peak memory is measured as in orpo_step.py, each side in a process of its own. Writes results/eval_<geometry>.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_rows(args, folder: Path) -> None:
 
 
 def memory(side: str, args, folder: Path) -> dict[str, int]:
-    """Peak memory of one evaluation; run in a process of its own."""
+    """Peak memory of one evaluation; runs in a process of its own."""
     trainer = build(side, args, folder)
     with measure.peak_memory() as found:
         trainer.evaluate()
@@ -69,7 +69,7 @@ def compare(args, folder: Path) -> dict:
 
 
 def ratios(sides: dict[str, dict]) -> dict[str, float]:
-    """Above 1: ours is faster, or takes less memory."""
+    """Above 1 ours is faster, or takes less memory."""
     out = {"speed": sides["ours"]["pairs_per_second"] / sides["stock"]["pairs_per_second"]}
     if "memory" in sides["stock"]:
         out["memory"] = sides["stock"]["memory"]["over_load"] / sides["ours"]["memory"]["over_load"]

@@ -74,7 +74,7 @@ class Work:
 
     @property
     def read_rows(self) -> int:
-        """Rows the last layer is run on (ours): all response tokens but the last, and each prompt's last token."""
+        """Positions the last layer runs on (ours): all response tokens but the last, and each prompt's last token."""
         return self.pairs * (self.chosen + self.rejected - 1)
 
     @property
@@ -84,8 +84,11 @@ class Work:
 
 
 def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, float]:
-    """FLOPs of forward and backward by part, as `measure.count_flops` gives them. LoRA on every linear layer of the
-    decoder and on the projector; frozen weights get no weight gradient; the vision tower runs forward only."""
+    """FLOPs of forward and backward by part, as `measure.count_flops` gives them.
+
+    LoRA is on every linear layer of the decoder and on the projector; frozen weights get no weight gradient; the vision
+    tower runs forward only.
+    """
     hidden, inner, layers, heads, kv_heads = geometry.text
     v_hidden, v_inner, v_layers, _ = geometry.vision
     kv = hidden // heads * kv_heads
@@ -103,7 +106,7 @@ def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, f
     per_row = sum(linear(a, b, 1) for a, b in shapes)
     keys_per_row = 2 * linear(hidden, kv, 1)
     rest = whole * work.lm_tokens * (per_row + keys_per_row)
-    if trimmed:  # the kept rows' own keys and values are made and not used: forward only
+    if trimmed:  # keys and values of the positions that are read are made and not used: forward only
         unused = forwards * 4 * (hidden * kv + rank * (hidden + kv)) * work.read_rows
         rest += work.read_rows * per_row + work.lm_tokens * keys_per_row + unused
     features = images * work.tiles * patches
@@ -130,7 +133,7 @@ def step_flops(geometry, work: Work, checkpointing: bool = False) -> dict[str, f
 
 
 def check(geometry: str, pairs: int) -> dict[str, float]:
-    """Formula over counter, per side, for a step that really runs."""
+    """The formula's FLOPs over the counted ones, per side, for a step that really runs."""
     out = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

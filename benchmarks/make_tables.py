@@ -2,8 +2,8 @@
 
     python benchmarks/make_tables.py
 
-Every number in that page comes from a result file; each table stands beside the command, the machine and the load
-that made it.
+Every number on that page comes from a result file, and each table is followed by the command, the machine and the load
+of its run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import setting
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Made by `python benchmarks/make_tables.py` from `benchmarks/results/*.json`. Both sides run in turn in one process, or
-one after the other in one run, on the same rows; what counts is the ratio, not the seconds of a CPU. There is no GPU
-number here: the one table about GPUs is computed and says so.
+`python benchmarks/make_tables.py` writes this page from `benchmarks/results/*.json`. Both sides run in turn in one
+process, or one after the other in one run, on the same rows; the ratio counts, not the seconds of a CPU. Nothing on
+this page was measured on a GPU: the one table about GPUs is computed and says so.
 
 Models are random, with LLaVA-1.6's geometry at full size (336-pixel tiles, five grids, 32,064 pieces); only widths and
 depths differ. `mid`: LM 512 wide, 8 layers; vision 256 wide, 6 layers. `slice7b`: the 7B's true widths, 2 of its 32
@@ -34,17 +34,17 @@ decoder layers, 3 of its 24 vision layers. Photographs are 640x480: 2,340 image 
 STEP = """## One training step
 
 Forward and backward in fp32, LoRA on decoder and projector (rank 64 at the 7B's width, in proportion below: 8 for
-`mid`), no gradient checkpointing. LLaMA-Factory's own `CustomDPOTrainer` and collator against the shared prefix: same
-weights, same token ids, same pixels, gradients compared.
+`mid`), no gradient checkpointing. The stock `CustomDPOTrainer` and collator run against the shared prefix with the same
+weights, token ids and pixels, and the gradients are compared.
 Memory is the process's peak above what it held after loading.
 
 How to read the ratios: *FLOPs* is what the speed-up would be if both sides ran equally efficiently; *attention + head*
 and *linear layers* are the same for these parts alone, so they are the limits toward which the speed-up moves when one
 or the other dominates; at great width the linear layers do. The last decoder layer runs only on the rows whose output
-is read: worth 1/8 of the decoder in `mid` and **half of it in `slice7b`, which has only two layers**; in the real 7B it
-is 1/32. So read `slice7b` as a check of efficiency at true widths, and the computed table below for the 7B.
+is read. This saves 1/8 of the decoder in `mid` and **half of it in `slice7b`, which has only two layers**; in the real
+7B it saves 1/32. So read `slice7b` as a check of efficiency at true widths, and the computed table below for the 7B.
 """
-TARGETS = {  # (geometry, pairs an image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
+TARGETS = {  # (geometry, pairs per image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
     ("mid", 1): (4.0, 2.0, 0.6),
     ("mid", 4): (10.0, None, 0.6),
     ("slice7b", 1): (2.2, None, None),
@@ -63,7 +63,7 @@ def source(result: dict) -> str:
 
 
 def step_table(results: list[dict]) -> str:
-    """All step results, one row each."""
+    """All step results, one row per result."""
     rows = []
     for result in results:
         stock, ours = (result["sides"][side] for side in orpo_step.SIDES)
@@ -100,7 +100,7 @@ def step_table(results: list[dict]) -> str:
 
 
 def targets(results: list[dict]) -> str:
-    """Which of the asked-for figures were met, and by how much one was missed."""
+    """Which targets were met, and by how much the others were missed."""
     lines = []
     for result in results:
         asked = TARGETS.get((result["geometry"], result["pairs_per_image"]))
@@ -120,7 +120,7 @@ def targets(results: list[dict]) -> str:
 def profiles(results: list[dict]) -> str:
     """Where the time of our step goes: share of the CPU time by operator."""
     lines = [
-        f"- `{result['geometry']}`, {result['pairs_per_image']} pair(s) an image: "
+        f"- `{result['geometry']}`, {result['pairs_per_image']} pair(s) per image: "
         + ", ".join(f"{name} {share:.0%}" for name, share in result["profile"].items())
         for result in results
     ]

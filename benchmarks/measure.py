@@ -1,4 +1,4 @@
-"""What every benchmark measures with: this machine's GEMM rate, FLOPs, peak memory, and the file the numbers go to."""
+"""What every benchmark measures with: this machine's GEMM rate, FLOPs and peak memory; and the file of the results."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def in_turn(sides: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, A B A B ..., so that a change of the machine's load falls on both; each side gets the
-    number of the repeat."""
+    """Seconds of every call, A B A B ..., so that a change of the machine's load falls on both.
+
+    Each side is called with the number of the repeat.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, function in sides.items():
@@ -96,7 +98,7 @@ def count_flops(step: Callable[[], Any]) -> dict[str, int]:
     """FLOPs of a step by part: attention (scores and values), lm_head, vision, rest (the linear layers), total.
 
     Matrix products are counted by torch.utils.flop_counter, CPU attention by `CPU_ATTENTION`: 2 products of
-    queries and keys forward, 5 backward, the causal half only where the kernel is told it is causal.
+    queries and keys forward and 5 backward, halved where the kernel is told that it is causal.
     """
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step()

@@ -1,14 +1,15 @@
-"""One ORPO training step (forward and backward): LLaMA-Factory's own path against the shared prefix, in turn.
+"""One ORPO training step (forward and backward): the stock step against the shared prefix, in turn.
 
-    python benchmarks/orpo_step.py --geometry mid                       # 1 pair an image
+    python benchmarks/orpo_step.py --geometry mid                       # 1 pair per image
     python benchmarks/orpo_step.py --geometry mid --pairs-per-image 4   # and 4 on one image, group_pairs_by_image
     python benchmarks/orpo_step.py --geometry slice7b --repeats 2       # the 7B's widths, 2 of its 32 layers; 20 GB
 
-Same weights, same token ids, same pixels (640x480 photographs, 336-pixel anyres), fp32, LoRA on decoder and projector
-(rank 64 at the 7B's width, 8 for mid), no gradient checkpointing, no optimizer step. LLaMA-Factory takes several pairs
-of an image one after the other (batch 1 with gradient accumulation): on a CPU that is as fast as a batch and takes the
-least memory. Times are medians of runs in turn, A B A B. Peak memory: the process's high-water mark above what it held
-after loading, each side in a process of its own. Writes results/step_<geometry>_<pairs>.json.
+Both sides have the same weights, token ids and pixels (640x480 photographs, 336-pixel anyres), fp32, and LoRA on
+decoder and projector (rank 64 at the 7B's width, 8 for mid), without gradient checkpointing and optimizer step.
+LLaMA-Factory takes several pairs of an image one after the other (batch 1 with gradient accumulation): on a CPU that is
+as fast as a batch and takes the least memory. Times are medians of runs in turn, A B A B. Peak memory is the process's
+high-water mark above what it held after loading, each side in a process of its own.
+Writes results/step_<geometry>_<pairs>.json.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def lm_tokens(side: str, micro: list[dict]) -> int:
 
 
 def step_memory(side: str, geometry: str, folder: Path, pairs: int) -> dict[str, int]:
-    """Peak memory of two micro-batches of one side, gradients included; run in a process of its own."""
+    """Peak memory of two micro-batches of one side, gradients included; runs in a process of its own."""
     trainer = build(side, geometry, folder, pairs)
     batch = batches(side, trainer, pairs)[0]  # LLaMA-Factory's peak is that of any micro-batch
     with measure.peak_memory() as memory:
@@ -53,7 +54,7 @@ def step_memory(side: str, geometry: str, folder: Path, pairs: int) -> dict[str,
 
 
 def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
-    """Everything but memory, both sides in this process."""
+    """Measures everything but memory, both sides in this process."""
     setting.write_rows(folder, 1, pairs)
     trainers = {side: build(side, geometry, folder, pairs) for side in SIDES}
     setting.share_weights(trainers["stock"].model, trainers["ours"].model)
@@ -98,8 +99,8 @@ def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
 def ratios(result: dict) -> dict[str, float]:
     """LLaMA-Factory's figure over ours; above 1 ours is better.
 
-    flops is the limit of the speed-up at equal efficiency; flops_attention_and_head the same when only attention and
-    LM-head work counted, flops_linear when only the linear layers of the decoder and the projector did.
+    flops is the limit of the speed-up at equal efficiency. flops_attention_and_head is the same limit for attention and
+    the LM head alone, flops_linear for the linear layers of the decoder and the projector alone.
     """
     stock, ours = result["sides"]["stock"], result["sides"]["ours"]
     out = {

@@ -4,9 +4,9 @@
     python benchmarks/peers.py                       # geometry mid, 6 steps of 1 pair
 
 ms-swift and LLaMA-Factory run untouched: their own templates, collators and trainers, `swift rlhf --rlhf_type orpo`
-and `llamafactory-cli train`. fp32, LoRA on the language model's linear layers, batch 1, no gradient
-checkpointing. Seconds per step are each program's own `train_runtime` over the number of steps, data loading and
-optimizer included; peak memory is the whole process's maximum resident set. Writes results/peers_<geometry>.json.
+and `llamafactory-cli train`. All run in fp32 with LoRA on the language model's linear layers and batch 1, without
+gradient checkpointing. Seconds per step are each program's own `train_runtime` over the number of steps, data loading
+and optimizer included; peak memory is the whole process's maximum resident set. Writes results/peers_<geometry>.json.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def train_runtime(output: Path) -> float:
 
 
 def run(command: list[str], output: Path, log: Path, steps: int) -> dict:
-    """Runs one program to its end: seconds and peak memory of that process alone."""
+    """Runs one program to its end; returns seconds and peak memory of that process alone."""
     started = time.perf_counter()
     environment = {**os.environ, "USE_HF": "1", "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1"}
     environment["HF_DATASETS_CACHE"] = str(output.parent / f"cache-{output.name}")

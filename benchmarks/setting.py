@@ -1,4 +1,4 @@
-"""What every benchmark runs on: random LLaVA-NeXT models of the real geometry, photograph rows, both trainers.
+"""Models, rows and trainers shared by the benchmarks: random LLaVA-NeXT models of the real geometry, photographs.
 
 `stock` is LLaMA-Factory's own CustomDPOTrainer with its own collator and step, built through the plugin with
 `shared_prefix: false`, so that both sides get the very same token ids and pixels; `ours` differs in that key alone.
@@ -26,7 +26,7 @@ PHOTO = [(640, 480)]  # COCO's usual size: 2,340 image tokens
 CHOSEN_WORDS, REJECTED_WORDS = 68, 55  # about 80 and 65 tokens
 GEOMETRIES = {
     **random_llava.GEOMETRIES,
-    "smoke": random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56),  # proves nothing but that it runs
+    "smoke": random_llava.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56),  # shows only that it runs
 }
 LORA = {
     "finetuning_type": "lora",
@@ -49,8 +49,11 @@ def model_folder(geometry: str) -> Path:
 
 
 def write_rows(folder: Path, images: int, pairs_per_image: int, sizes=PHOTO) -> list[dict[str, Any]]:
-    """Photograph pairs as <folder>/rows.parquet, with `<image>` before the questions as stock.parquet (what
-    LLaMA-Factory needs without the plugin), and a dataset_info.json for both; returns the rows."""
+    """Writes photograph pairs and a dataset_info.json into the folder; returns the rows.
+
+    rows.parquet holds them as they are, stock.parquet with `<image>` before the questions, as stock LLaMA-Factory
+    needs.
+    """
     rows = photo_pairs.rows(images, pairs_per_image, CHOSEN_WORDS, REJECTED_WORDS, sizes=sizes)
     photo_pairs.write(folder / "rows.parquet", rows)
     marked = [dict(row, question="<image>\n" + row["question"]) for row in rows]
@@ -65,7 +68,7 @@ def write_rows(folder: Path, images: int, pairs_per_image: int, sizes=PHOTO) -> 
 
 
 def recipe(geometry: str, folder: Path, **keys) -> dict[str, Any]:
-    """A whole ORPO + LoRA recipe in fp32 without gradient checkpointing on `write_rows`'s rows."""
+    """A whole ORPO + LoRA recipe in fp32, without gradient checkpointing, on the rows of `write_rows`."""
     rank = lora_rank(GEOMETRIES[geometry])
     return {
         "plugins": "llava_orpo",
@@ -92,7 +95,7 @@ def recipe(geometry: str, folder: Path, **keys) -> dict[str, Any]:
 
 
 def without_plugin(keys: dict[str, Any]) -> dict[str, Any]:
-    """The recipe for untouched LLaMA-Factory, on its own format and template."""
+    """The recipe for stock LLaMA-Factory, on its own format and template."""
     keys = {key: value for key, value in keys.items() if key != "plugins"}
     return {**keys, "dataset": "stock", "template": "llava_next_mistral"}
 
@@ -115,8 +118,10 @@ def build(side: str, geometry: str, folder: Path, **keys):
 
 @torch.no_grad()
 def share_weights(first, second) -> None:
-    """Gives `second` the very tensors of `first` (frozen weights then lie in memory once); LoRA's B becomes nonzero,
-    or every gradient of A would be 0. Each keeps gradients of its own."""
+    """Gives `second` the very tensors of `first`, so that frozen weights lie in memory once.
+
+    LoRA's B becomes nonzero, or every gradient of A would be 0. Each trainer keeps gradients of its own.
+    """
     generator = torch.Generator().manual_seed(7)
     others = dict(second.named_parameters())
     for name, parameter in first.named_parameters():
@@ -131,7 +136,7 @@ def collate(trainer, pairs: list[int]) -> dict[str, Any]:
 
 
 def forward_backward(trainer, batch: dict[str, Any], share: float = 1.0) -> float:
-    """One micro-batch, loss times `share`; gradients are added up. Returns the loss."""
+    """Runs one micro-batch with its loss times `share`, adds its gradients up and returns the loss."""
     loss, _ = trainer.get_batch_loss_metrics(trainer.model, dict(batch))
     trainer.accelerator.backward(loss * share)
     return loss.item()

@@ -8,10 +8,10 @@ overrides like llamafactory-cli; models are loaded as for training and asked in 
 trained on, in batches of per_device_eval_batch_size. Own keys:
 
     models      comma-separated: `base`, adapter folders, model folders or Hub ids (default: the recipe's own)
-    tasks       comma-separated names of lmms-eval's tasks, default pope. For hallucination:
+    tasks       comma-separated names of lmms-eval's tasks (default pope). For hallucination:
                   pope                   9,000 yes/no questions on COCO (also pope_random, pope_pop, pope_adv)
-                  coco_cap_chair         CHAIR of captions; needs nltk data
-                  amber_g                AMBER's generative part; needs nltk data and spaCy's en_core_web_sm
+                  coco_cap_chair         CHAIR of captions; needs the data of nltk
+                  amber_g                AMBER's generative part; needs the data of nltk and spaCy's en_core_web_sm
                   hallusion_bench_image  needs OPENAI_API_KEY for its judge
                   vl_rewardbench         which of two answers is better
                   demo_objects           POPE's kind of question on the demo world; no download
@@ -93,7 +93,7 @@ def metrics_of(values: dict[str, Any]) -> dict[str, float]:
 
 
 def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """One line per question: doc_id, target, answer and what the task made of it."""
+    """Writes one line per question: doc_id, target, answer and what the task made of it."""
     lines = []
     for sample in samples:
         keep = {key: value for key, value in sample.items() if key not in ("doc", "arguments", "input")}
@@ -102,7 +102,7 @@ def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
 
 
 def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Metrics as rows, models as columns."""
+    """Prints metrics as rows and models as columns."""
     names = list(table)
     print("\n" + f"{'':<40}" + "".join(f"{name:>24}" for name in names))
     for task in table[names[0]]:

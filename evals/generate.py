@@ -4,21 +4,20 @@
     python evals/generate.py recipes/tiny/llava16_orpo_qlora.yaml models=base,outputs/tiny/orpo_qlora
 
 Takes a recipe and overrides like llamafactory-cli. The prompts are those of its eval_dataset, each (image,
-question) once, in exactly the text the model is trained on. Batches are per_device_eval_batch_size. Own keys:
+question) once, in exactly the text the model is trained on. A batch holds per_device_eval_batch_size. Own keys:
 
     models          comma-separated: `base`, adapter folders, model folders or Hub ids (default: the recipe's own).
-                    Answers are filed under a folder's last name, under its whole path where two share that
-                    name
+                    Answers are filed under a folder's last name, or its whole path where two share that name
     max_prompts     maximum number of prompts, spread evenly over the set
     max_new_tokens  512
     temperature     0 is greedy; above, sampled with the recipe's `seed`
     top_p           1.0
     output_dir      where to write (default outputs/evals/<model>-generations)
-    restart         true: ask again what an interrupted or earlier run had asked
+    restart         true: ask again what an interrupted or earlier run has asked
 
 Writes generations.jsonl (one line per prompt: question, chosen, rejected and every model's answer) and images/
-beside it, the original bytes. An interrupted run resumes where it stopped, and models that have answered are
-not asked again.
+beside it with the original bytes. An interrupted run resumes where it stopped, and models that have answered
+are not asked again.
 """
 
 from __future__ import annotations

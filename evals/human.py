@@ -4,17 +4,17 @@
     python evals/human.py outputs/evals/model-generations/generations.jsonl report=true
 
 Takes the file of evals/generate.py and key=value. The page (Gradio) is at http://127.0.0.1:7860. A rater
-gives a name and votes; which model stands left is random per rater and pair, and the page never holds a
-model's name. Every vote is on the disk before the next pair is shown; a rater who comes back resumes where
-they stopped. Keys:
+gives a name and votes; which model is shown on the left is random per rater and pair, and the page never holds
+a model's name. Every vote is on the disk before the next pair is shown, and a rater who comes back resumes
+where they stopped. Keys:
 
     a, b        the models to compare, by their names in the file (default, with two models: a is the second)
-    max_pairs   at most so many, evenly spread over the file; all raters see the same ones in the same order
-    seed        of the left-right order (0)
+    max_pairs   maximum number of pairs, evenly spread over the file; all raters see the same in the same order
+    seed        decides the left-right order (0)
     port        7860
-    output_dir  where the votes are (default: votes_<a>_vs_<b>/ beside the file)
+    output_dir  where the votes are kept (default: votes_<a>_vs_<b>/ beside the file)
     report      true: print win rates and agreement (percent, Cohen's kappa) instead of opening the page
-    judge       with report: a judge_*.json of evals/judge.py on the same file; its agreement is shown too
+    judge       with report: a judge_*.json of evals/judge.py on the same file, to show its agreement as well
 """
 
 from __future__ import annotations

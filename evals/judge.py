@@ -4,13 +4,13 @@
     python evals/judge.py GENERATIONS.jsonl base_url=https://api.openai.com/v1 model=gpt-4o price_in=2.5 price_out=10
 
 Takes the file of evals/generate.py and key=value. Every pair is judged twice, with the answers in both
-orders: a pair is won only if both verdicts agree on the winner, anything else is a tie. Keys:
+orders: a pair is won only if both verdicts agree on the winner; anything else is a tie. Keys:
 
     a, b          the models to compare, by their names in the file; `chosen` and `rejected` are the
                   dataset's answers (default, for a file with two models: a is the second, b the first)
-    base_url      the endpoint, with /v1: a local vLLM, `llamafactory-cli api`, a cloud; it must see images
+    base_url      the endpoint, with /v1: a local vLLM, `llamafactory-cli api`, a cloud; it must accept images
     model         the judge's name there
-    api_key_env   name of the environment variable with the key (default OPENAI_API_KEY); never stored
+    api_key_env   name of the environment variable with the key (default OPENAI_API_KEY); the key is never stored
     price_in, price_out   US dollars per million tokens, for the estimate shown before anything is sent
     yes           true: do not ask before sending
     criteria      a text file with your own criteria instead of the built-in ones

@@ -9,7 +9,7 @@ model_name_or_path= for a merged or quantized one), the pairs are its eval_datas
 
     against       a second model to compare with: an adapter folder, a model folder or Hub id, or `base`
     output_dir    where to write (default outputs/evals/<model>; a second model goes to a folder of its own)
-    restart       true: score again what an interrupted or earlier run had scored
+    restart       true: score again what an interrupted or earlier run has scored
 
 Writes preference_eval.json, preference_pairs.jsonl, preference_examples.jsonl with images and, with `against`,
 comparison.json. `grounding_eval=true` adds a grey and a swapped image. An interrupted run resumes where it stopped.
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_summary(model: str, dataset: str, summary: dict, grounding: dict | None) -> None:
-    """The numbers as a table."""
+    """Prints the numbers as a table."""
     low, high = summary["preference_accuracy_low"], summary["preference_accuracy_high"]
     rows = [
         ("preference accuracy", f"{summary['preference_accuracy']:.1%}  [{low:.1%}, {high:.1%}]"),
@@ -74,7 +74,7 @@ def print_summary(model: str, dataset: str, summary: dict, grounding: dict | Non
 
 
 def print_comparison(c: dict) -> None:
-    """The paired difference as a table."""
+    """Prints the paired difference as a table."""
     interval = "" if c["difference_low"] is None else f"  [{c['difference_low']:+.1%}, {c['difference_high']:+.1%}]"
     print(f"\n{c['a']} minus {c['b']}, the same {c['n']} pairs on {c['n_images']} images")
     print(f"  accuracy      {c['accuracy_a']:.1%} - {c['accuracy_b']:.1%} = {c['difference']:+.1%}{interval}")

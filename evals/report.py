@@ -8,7 +8,7 @@ The page needs no network and no other file. It reads, from OUTPUT_DIR:
                                 evaluation set and image condition
     preference_eval.json        evaluations over training, with grounding where the recipe asked for it
     trainer_state.json          training log; the newest checkpoint's or trainer_log.jsonl while training runs
-    preference_examples.jsonl   texts of some scored pairs, one JSON object a line: {"dataset", "pair_id",
+    preference_examples.jsonl   texts of some scored pairs, one JSON object per line: {"dataset", "pair_id",
                                 "question", "chosen", "rejected", "image": {"path": "images/<hash>.png"} or
                                 null}; further fields are ignored, the path is relative to the file
     generations.jsonl           from evals/generate.py: the same fields and "answers": {model name: answer}
@@ -17,7 +17,7 @@ and from the baseline folder the scores "before" (usually of the base model, by 
 Without a baseline the first evaluation in preference_eval.json is "before": numbers, but no paired test.
 If an input is missing, its section says so and names the command that makes it. Further keys:
 
-    max_examples    200
+    max_examples    most examples shown (200)
     min_subset      fewest pairs for which a subset gets numbers of its own (20)
 """
 

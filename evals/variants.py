@@ -1,14 +1,15 @@
-"""One table for all forms of a model: size on disk, preference accuracy, difference from the trained form, an answer.
+"""One table of all forms of a model: size on disk, preference accuracy, difference from the trained form, an answer.
 
     python evals/variants.py recipes/tiny/llava16_orpo_qlora.yaml trained=outputs/tiny/orpo_qlora \\
         models=outputs/tiny/model,outputs/tiny/merged,outputs/tiny/gptq,outputs/tiny/awq
 
 Takes a recipe and overrides like llamafactory-cli. `trained` (default: the recipe's output_dir) is the adapter on the
 base it was trained on, quantized as the recipe says; `models` are whole folders, loaded as they are. Accuracy and
-answers come from preference.py and generate.py, so an interrupted run resumes where it stopped. Own keys besides:
+answers are those of preference.py and generate.py, and an interrupted run resumes where it stopped. Further keys:
 
     prompt          number of the held-out prompt whose answer is shown (default 0)
     max_new_tokens  64
+    restart         true: measure again what an interrupted or earlier run has measured
     output_dir      where to write (default outputs/evals/variants)
 
 Writes variants.json and variants.md, and every form's own evaluation beside them.

@@ -1,4 +1,4 @@
-"""Ask a LLaVA-NeXT one question about one image, in plain transformers: no LLaMA-Factory, no plugin.
+"""Asks a LLaVA-NeXT one question about one image, in plain transformers, without LLaMA-Factory and the plugin.
 
     python scripts/ask.py outputs/tiny/merged --data outputs/tiny/data/demo_heldout.parquet --row 0
     python scripts/ask.py outputs/llava16_orpo_merged --image photo.jpg --question "What is in the picture?"
@@ -29,7 +29,7 @@ def load(folder: str, dtype: str = "auto"):
 
 
 def answer(model, processor, image, question: str, max_new_tokens: int = 128) -> str:
-    """Greedy answer in the checkpoint's own chat template. image: a PIL picture, or None."""
+    """The greedy answer in the checkpoint's own chat template. image: a PIL picture, or None."""
     content = ([{"type": "image"}] if image is not None else []) + [{"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)

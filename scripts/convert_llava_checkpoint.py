@@ -1,13 +1,13 @@
-"""Convert LLaVA-1.6 checkpoints between the original layout and the published transformers one, either way.
+"""Converts LLaVA-1.6 checkpoints from the original layout to the published transformers one, or back.
 
     python scripts/convert_llava_checkpoint.py liuhaotian/llava-v1.6-mistral-7b-folder out/llava-v1.6-mistral-7b-hf
     python scripts/convert_llava_checkpoint.py out/merged out/merged-original
 
 The layout of SOURCE (a local folder: mistral-7b, vicuna-7b, vicuna-13b, 34b) decides the direction. Weights
-keep their dtype and pass shard by shard, so memory holds about one shard. Towards transformers, <image> is
-added and the vocabulary padded to a multiple of 64 (32,064 rows for Mistral and Vicuna, 64,064 for the 34b),
-as published; back, those rows are dropped. What the other layout cannot hold is kept in converted_from.json
-and converted_from.safetensors, so that converting back gives the same bytes.
+keep their dtype and are written shard by shard, so memory holds about one shard. Towards transformers, <image>
+is added and the vocabulary is padded to a multiple of 64 (32,064 rows for Mistral and Vicuna, 64,064 for the
+34b), as published; on the way back those rows are dropped. Whatever the other layout cannot hold is kept in
+converted_from.json and converted_from.safetensors, so that converting back gives the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_table(plan) -> None:
-    """The mapping, one tensor per line, and what the run would write."""
+    """Prints the mapping, one tensor per line, and what the run would write."""
     for name, (weights, there) in plan.names.items():
         before, after = weights.shapes[there], plan.shapes[name]
         note = f"  (from {list(before)})" if before != after else ""

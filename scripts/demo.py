@@ -1,16 +1,16 @@
-"""A page where anyone sees the difference: ask the base and the aligned model, or let both judge two answers.
+"""A page that shows the difference: ask the base and the aligned model, or let both score two answers.
 
     python scripts/demo.py recipes/llava16_orpo_qlora.yaml aligned=outputs/llava16_orpo_qlora
     python scripts/demo.py recipes/tiny/llava16_orpo_qlora.yaml aligned=outputs/tiny/orpo_qlora \\
         examples=outputs/tiny/data/demo_heldout.parquet
 
-Takes a recipe and overrides like llamafactory-cli: model, precision and prompt are the recipe's. Serves
-http://127.0.0.1:7860 and nothing else unless told to. Own keys:
+Takes a recipe and overrides like llamafactory-cli: model, precision and prompt are the recipe's. Serves only
+http://127.0.0.1:7860 unless told otherwise. Own keys:
 
     aligned         an adapter folder (the base model is loaded once), or a merged model's folder or Hub id
     examples        a parquet in RLAIF-V's schema; its first images are offered as examples
     max_new_tokens  256
-    max_upload_mb   10
+    max_upload_mb   largest image that is taken (10)
     host            127.0.0.1; 0.0.0.0 lets other machines in
     port            7860
     share           true: also open a public address through gradio.live

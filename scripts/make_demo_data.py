@@ -1,9 +1,9 @@
-"""Make the demo preference pairs: parquet files in RLAIF-V's schema, about pictures drawn by llava_orpo.tiny.world.
+"""Makes the demo preference pairs: parquet files in RLAIF-V's schema, about pictures drawn by llava_orpo.tiny.world.
 
     python scripts/make_demo_data.py --out outputs/tiny/data
 
 Writes demo_train.parquet, demo_dev.parquet (for tuning) and demo_heldout.parquet (for the final measure). Every
-picture has several pairs, and stands in one file only. Same flags, same pairs; a complete file is left alone.
+picture has several pairs and is in one file only. The same flags give the same pairs; a complete file is kept.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Write preference pairs on real photographs, in RLAIF-V's exact schema, for benchmarks, tests and dry runs.
+"""Writes preference pairs on real photographs, in RLAIF-V's exact schema, for benchmarks, tests and dry runs.
 
     python scripts/make_photo_pairs.py --images 8 --pairs-per-image 2 --out outputs/random/photos.parquet
 
-The photographs are those that matplotlib ships, cut and resized to many aspect ratios and saved as JPEG. The texts are
-about nothing in particular: these rows are for speed, memory and exactness, not for learning. Deterministic.
+The photographs are those that matplotlib ships, cut and resized to many aspect ratios and saved as JPEG. The texts have
+no meaning: these rows are for speed, memory and exactness, not for learning. The same flags give the same rows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write a LLaVA-NeXT with random weights and the real geometry: for benchmarks, tests and dry runs without a download.
+"""Writes a LLaVA-NeXT with random weights and the real geometry, for benchmarks, tests and dry runs without a download.
 
     python scripts/make_random_llava.py --geometry mid --out outputs/random/mid
 
-336-pixel tiles of 14-pixel patches, the published five grids, feature layer -2, the Mistral v1 tokenizer (it ships in
-the package mistral-common) with <image> = 32000, vocabulary 32,064: as llava-hf/llava-v1.6-mistral-7b-hf. Only widths
-and depths differ. Deterministic: same flags, same weights.
+As in llava-hf/llava-v1.6-mistral-7b-hf, tiles have 336 pixels and patches 14, there are five grids, the feature layer
+is -2, and the Mistral v1 tokenizer (it ships in the package mistral-common) has <image> = 32000 and a vocabulary of
+32,064. Only widths and depths differ. The same flags give the same weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Writes recipes/schema.json and docs/keys.md again, after a change of the plugin's keys or of LLaMA-Factory's version.
 
-python scripts/make_schema.py
+    python scripts/make_schema.py
+
+Imports LLaMA-Factory, which takes about 15 seconds.
 """
 
 from __future__ import annotations

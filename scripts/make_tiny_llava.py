@@ -1,10 +1,10 @@
-"""Make a tiny LLaVA-NeXT that sees the demo world, imperfectly: a plain transformers folder, for runs without a GPU.
+"""Makes a tiny LLaVA-NeXT that sees the demo world, imperfectly: a plain transformers folder, for runs without a GPU.
 
     python scripts/make_tiny_llava.py --out outputs/tiny/model
 
 The architecture, tokenizer kind, processor, chat template and tensor names are those of
-llava-hf/llava-v1.6-mistral-7b-hf; only the sizes differ. Same flags, same weights (on the same machine and thread
-count). A complete folder is left alone, and a run that was stopped reuses the vision tower it had finished.
+llava-hf/llava-v1.6-mistral-7b-hf; only the sizes differ. The same flags give the same weights (on the same machine
+and thread count). A complete folder is kept, and a run that was stopped reuses the vision tower it had finished.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python scripts/model_card.py recipes/llava16_orpo_qlora.yaml folder=outputs/llava16_orpo_merged \\
         evaluation=outputs/llava16_orpo_qlora/preference_eval.json
-    … the same with push=your-name/llava-v1.6-mistral-7b-orpo [public=true]
+    python scripts/model_card.py recipes/llava16_orpo_qlora.yaml folder=outputs/llava16_orpo_merged \\
+        push=your-name/llava-v1.6-mistral-7b-orpo public=true
 
 The card holds the recipe, the data, the measured numbers and the licences. Without push nothing leaves the machine.
 A repository is made private unless public=true is given. Takes the recipe the model was trained with. Own keys:
@@ -11,7 +12,7 @@ A repository is made private unless public=true is given. Takes the recipe the m
     evaluation   default: preference_eval.json in the recipe's output_dir
     name         the model's name; default: the folder's, or that of push
     licence      id of the weights' licence, where the data's is not known here
-    overwrite    true: replace a README.md that is there
+    overwrite    true: replace a README.md that exists
     push         NAME/REPO: upload the folder to this Hub repository
     public       true: with push, anyone may download it
 """

@@ -1,7 +1,7 @@
-# Sourced by setup.sh, test.sh and benchmarks/install_ms_swift.sh: long commands that show that they go on.
+# Sourced by setup.sh, test.sh and benchmarks/install_ms_swift.sh: shows that a long command is still running.
 
 # with_progress TITLE COMMAND...: runs the command and shows the newest line of its output: on a terminal every second,
-# in place; in a log every 20 s. The whole output's end is shown if it fails. Returns the command's exit code.
+# in place; in a log every 20 s. If it fails, the end of the whole output is shown. Returns the command's exit code.
 with_progress() {
     local title=$1 output code=0 display
     shift

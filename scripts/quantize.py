@@ -1,4 +1,4 @@
-"""Quantize a merged LLaVA-1.6 to 4 bits (GPTQ or AWQ, W4A16), calibrated on preference pairs and images.
+"""Quantizes a merged LLaVA-1.6 to 4 bits (GPTQ or AWQ, W4A16), calibrated on preference pairs and images.
 
     bash scripts/quantize.sh --method gptq --model outputs/tiny/merged --data demo_train \\
         --out outputs/tiny/gptq
@@ -6,19 +6,19 @@
         --out outputs/tiny/awq
 
 Only the linear layers of the language model's blocks are quantized; vision tower, projector, embeddings and
-LM head keep their weights to the bit, processor and chat-template files their bytes. The folder is in the
+LM head keep their weights, and processor and chat-template files their bytes, unchanged. The folder is in the
 compressed-tensors format under the published llava-hf tensor names. Plain transformers 5.5 and newer with
 the package compressed-tensors loads it, so `evals/preference.py … model_name_or_path=outputs/tiny/gptq`
 measures it like any other model. It is written beside --out, loaded again, compared with the model in
 memory, and only then renamed.
 
-llm-compressor 0.14 is given the language model alone, a plain text decoder: on the whole LLaVA-NeXT AWQ's
-default mappings also match the vision tower. And config.json is written here: compressed-tensors 0.19 lists
-what is not quantized by checkpoint names, transformers looks for module names, so that vision tower,
+llm-compressor 0.14 is given the language model alone, a plain text decoder, because AWQ's default mappings
+also match the vision tower of a whole LLaVA-NeXT. config.json is written here, because compressed-tensors 0.19
+lists what is not quantized by checkpoint names where transformers looks for module names: vision tower,
 projector and head would be loaded as 4-bit layers and stay random.
 
-Run on CPU with llm-compressor 0.14.0.1. With an accelerator llm-compressor moves one block at a time to it
-(not run).
+This was run on a CPU with llm-compressor 0.14.0.1. With an accelerator llm-compressor puts one block at a time
+on it (not run).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; SystemExit in one line for what can be known to be wrong without reading a file's content."""
+    """The command line; SystemExit, in one line, for what is wrong already without reading a file's content."""
     heldout = keys.known()["heldout_fraction"]["default"]
     parser = flags(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a merged 16- or 32-bit LLaVA-1.6")

@@ -5,6 +5,6 @@ VENV=${QUANTIZE_VENV:-.venv-quantize}
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements/quantize.txt
 
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-# The package is not installed there, because llamafactory is not.
+# The package is not installed there, because it needs llamafactory, which is not.
 export PYTHONPATH="$PWD/plugins${PYTHONPATH:+:$PYTHONPATH}"
 exec python scripts/quantize.py "$@"

@@ -1,7 +1,7 @@
 """Trains, evaluates and exports the embedded tiny model, each step through the command a user would type.
 
-Run by quickstart.sh. Shows every command and how far it is; its output goes to outputs/quickstart/<step>.log. A
-finished step leaves a fingerprint of its inputs, and is not run again while they are the same.
+quickstart.sh runs it. Shows every command and its progress; its output goes to outputs/quickstart/<step>.log. A
+finished step leaves a fingerprint of its inputs and is not run again while they are the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SOURCES = {
 
 
 def fingerprint(name: str, command: str, after: list[str]) -> str:
-    """Of the command, the files that decide its result, and the steps before it."""
+    """The fingerprint of the command, the files that decide its result, and the steps before it."""
     parts = [command, *after]
     for path in SOURCES.get(name, [RECIPE, "recipes/tiny/llava16_merge.yaml", "data_registry/dataset_info.json"]):
         parts.append(Path(path).read_text())
@@ -50,7 +50,7 @@ def fingerprint(name: str, command: str, after: list[str]) -> str:
 
 
 class StepFailed(Exception):
-    """A step's command failed; `log` is where its whole output is."""
+    """A step's command failed; `log` holds its whole output."""
 
     def __init__(self, code: int, log: Path) -> None:
         super().__init__(f"The step failed (exit code {code}); its whole output is in {log}.")
@@ -105,7 +105,7 @@ def percent(entry: dict) -> str:
 
 
 def run_steps(steps: Steps) -> None:
-    """All steps, each with the command a user would type. Raises StepFailed."""
+    """Runs all steps, each with the command a user would type. Raises StepFailed."""
     py = shlex.quote(sys.executable)
     cli = shlex.quote(str(Path(sys.executable).parent / "llamafactory-cli"))
     heldout, answer, report = f"{DATA}/demo_heldout.parquet", OUT / "answer.json", OUT / "report.html"
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_summary(seconds: float) -> None:
-    """Writes summary.json and prints what came of it all."""
+    """Writes summary.json and prints the results and the files that were made."""
     before, after = accuracies(BEFORE), accuracies(ADAPTER)
     grey = after["grounding"]["grey"]["preference_accuracy"]
     summary = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to an aligned, evaluated and exported LLaVA-NeXT on two CPU cores: bash scripts/quickstart.sh
-# Makes .venv, the tiny model and the demo world, then trains, evaluates, merges and asks. Shows how far it is, on a
-# terminal live and in a log every 20 s. Safe to stop and run again: what is done is reused (remove outputs/ to start
+# Makes .venv, the tiny model and the demo world, then trains, evaluates, merges and asks. Shows its progress, live on a
+# terminal and every 20 s in a log. It may be stopped and run again: finished steps are reused (remove outputs/ to start
 # over).
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 

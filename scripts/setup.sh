@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh, test.sh, quantize.sh and benchmarks.sh: makes or reuses .venv with the pinned packages
-# ($1: the requirements file). Needs Python 3.11+ and git on the machine, nothing else. Reuses the environment while the
-# pins stay the same.
+# ($1: the requirements file). Needs only Python 3.11+ and git on the machine. Reuses the environment while the pins stay
+# the same.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements/dev.txt
 # Trackio's own requirements contradict LLaMA-Factory's; it runs without them (requirements/trackio.txt says which).
 "$VENV/bin/uv" pip install --quiet --no-deps --python "$VENV/bin/python" -r requirements/trackio.txt
 
-# Style first: seconds, and a mistake here needs no suite.
+# Style is checked first: it takes seconds, and a mistake in it needs no run of the suite.
 ruff check .
 ruff format --check .
 

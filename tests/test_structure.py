@@ -14,11 +14,27 @@ from helpers.paths import ROOT
 
 THIS = Path(__file__).resolve()  # reads sys.path, to hand it on
 PACKAGE = ROOT / "plugins" / "llava_orpo"
-TRACKED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True)
+TRACKED = subprocess.run(
+    ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+)
 FILES = [ROOT / name for name in TRACKED.stdout.split() if (ROOT / name).exists()]
 COMMANDS = [file for file in FILES if file.relative_to(ROOT).parts[0] in ("evals", "scripts")]
-PURE = ("errors", "files", "keys", "recipe", "precheck", "arguments", "step.packing", "step.orpo", "data.anyres",
-        "data.images", "data.rows", "data.conversation", "preference.records", "preference.metrics")  # fmt: skip
+PURE = (
+    "errors",
+    "files",
+    "keys",
+    "recipe",
+    "precheck",
+    "arguments",
+    "step.packing",
+    "step.orpo",
+    "data.anyres",
+    "data.images",
+    "data.rows",
+    "data.conversation",
+    "preference.records",
+    "preference.metrics",
+)
 
 
 def trees(files) -> dict[Path, ast.Module]:
@@ -122,5 +138,7 @@ def test_importing_a_pure_module_changes_nothing(module):
     )
     # -S: without the .pth line of the environment; -c: nothing else is imported before
     path = os.pathsep.join([str(ROOT / "plugins"), *[entry for entry in sys.path if "site-packages" in entry]])
-    run = subprocess.run([sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
     assert run.returncode == 0, run.stderr.decode()

@@ -1,6 +1,6 @@
 """`python -m llava_orpo train recipe.yaml …`: `llamafactory-cli` where `.pth` files are not read.
 
-(For example under `python -S`-like launchers, zipapps, or a `PYTHONPATH` checkout that was never installed.)
+This is the case under launchers like `python -S`, in zipapps, and for a `PYTHONPATH` checkout that was never installed.
 Child processes started by torchrun need the installed `.pth`, or `FORCE_TORCHRUN` unset.
 """
 

@@ -1,4 +1,4 @@
-"""What the machine's NVIDIA GPUs can do, asked of the driver (NVML) without importing torch, which takes seconds."""
+"""What the machine's NVIDIA GPUs can do: asks the driver (NVML), because importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def only_nvidia() -> bool:
 def compute_capabilities() -> list[tuple[int, int]] | None:
     """(major, minor) of every NVIDIA GPU that this process may use, [] if there is none.
 
-    None means that this cannot be said: there is a CUDA driver, but NVML does not answer (a container may lack it).
+    None means that the answer is not known: there is a CUDA driver, but NVML does not answer (a container may lack it).
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in NO_DEVICE:

@@ -60,7 +60,7 @@ class PluginArguments:
     )
 
     # data
-    # A mapping in YAML; JSON text on a plain command line (argparse knows no mappings).
+    # A mapping in YAML; JSON text on a plain command line, because argparse knows no mappings.
     dataset_filter: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -170,7 +170,7 @@ def split_keys(args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def refuse_unknown_keys(names: list[str], known: set[str]) -> None:
-    """Raises UserError for the keys among `names` that nobody knows, naming the nearest valid key of each."""
+    """Raises UserError for the unknown keys among `names`, naming the nearest valid key of each."""
     known = known | set(PLUGIN_KEYS)
     if complaints := [keys.unknown(name, known) for name in names if name not in known]:
         raise UserError(*complaints)

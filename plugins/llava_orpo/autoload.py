@@ -1,13 +1,13 @@
 """Lets `llamafactory-cli` see the `plugins:` key of a recipe.
 
-LLaMA-Factory 0.9.5 has no plugin mechanism and refuses unknown keys. A one-line `.pth` file imports this
-module in every interpreter of the environment (torchrun children and Ray workers included), which only
-adds a `sys.meta_path` finder; no other module of the package does so. The finder acts twice:
+LLaMA-Factory 0.9.5 has no plugin mechanism and refuses unknown keys. A one-line `.pth` file imports this module in
+every interpreter of the environment (torchrun children and Ray workers included). The import only adds a
+`sys.meta_path` finder, and no other module of the package adds one. The finder acts twice:
 
 - before the package `llamafactory` is imported by its own command, `llava_orpo.early` reads the recipe, because
   importing the package alone takes seconds (it imports torch and transformers);
 - when `llamafactory.hparams.parser` is loaded, its `_parse_args` is wrapped: a recipe with `plugins: llava_orpo` is
-  handed to `llava_orpo.integration`, any other recipe passes untouched.
+  handed to `llava_orpo.integration.activation`; any other recipe passes unchanged.
 
 Nothing heavy is imported here: without LLaMA-Factory the cost is well under 2 ms per interpreter.
 """
@@ -67,7 +67,7 @@ def runs_the_command() -> bool:
 
 
 def wrap_parser(parser_module) -> None:
-    """Wraps `_parse_args`, the one place every LLaMA-Factory command reads its arguments through."""
+    """Wraps `_parse_args`, through which every command of LLaMA-Factory reads its arguments."""
     parse = parser_module._parse_args
 
     def parse_args(parser, args=None, allow_extra_keys=False):
@@ -92,7 +92,7 @@ def wrap_parser(parser_module) -> None:
 
 
 def install() -> None:
-    """Adds the finder once; wraps the parser at once if LLaMA-Factory is loaded already."""
+    """Adds the finder once; wraps the parser immediately if LLaMA-Factory is loaded already."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
         if PARSER_MODULE in sys.modules:

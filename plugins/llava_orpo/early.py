@@ -1,7 +1,7 @@
 """The first two seconds of `llamafactory-cli`: help and refusals before LLaMA-Factory is imported.
 
-Only what would end in an error anyway is refused, and the keys and values of a recipe only if it says
-`plugins: llava_orpo`; whatever passes here is read again by LLaMA-Factory as if nothing had happened.
+Only what would end in an error later is refused, and keys and values are checked only in a recipe that says
+`plugins: llava_orpo`. Whatever passes here is read again by LLaMA-Factory as usual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PURPOSES = {
     "api": "serve a model through an OpenAI-compatible API",
 }
 PLUGIN_KEYS = "PluginArguments"  # the class of the plugin's keys in the schema
-JSON_SUFFIX = ".json"  # read by LLaMA-Factory as well; nothing is checked there
+JSON_SUFFIX = ".json"  # LLaMA-Factory reads such recipes too; they are not checked here
 
 
 def before_llamafactory(words: Sequence[str]) -> None:

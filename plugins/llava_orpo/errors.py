@@ -1,7 +1,7 @@
-"""Errors that a user can mend, and how they are shown: one line per problem, without a traceback.
+"""Errors that a user can fix, and how they are shown: one line per problem, without a traceback.
 
-The rule: whatever the user can mend in a recipe, on a command line or in a folder is a `UserError`. Everything else,
-a bug of this package above all, keeps its traceback. `LLAVA_ORPO_DEBUG=1` shows the traceback of a `UserError` too.
+The rule: whatever the user can fix in a recipe, on a command line or in a folder is a `UserError`. Everything else,
+above all a bug of this package, keeps its traceback. `LLAVA_ORPO_DEBUG=1` shows the traceback of a `UserError` too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ARGUMENT_CHECKS = "llamafactory.hparams"
 
 
 class UserError(ValueError):
-    """Something the user can mend. Every argument is one problem, worded as a sentence that names the remedy."""
+    """Something the user can fix. Every argument is one problem, worded as a sentence that names the remedy."""
 
     exit_code = 1
 
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 class UsageError(UserError):
-    """A recipe or a command line that is wrong, found before any work was done."""
+    """A mistake in a recipe or on a command line, found before any work was done."""
 
     exit_code = 2
 
@@ -37,7 +37,7 @@ def debugging() -> bool:
 
 
 def foreseen(error: BaseException) -> bool:
-    """Whether `error` is one that the user can mend, so that its traceback would only hide its message."""
+    """Whether `error` is one that the user can fix, so that a traceback would only hide its message."""
     return isinstance(error, UserError) or (isinstance(error, ValueError) and _raised_in(error, ARGUMENT_CHECKS))
 
 

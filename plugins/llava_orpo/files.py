@@ -1,4 +1,4 @@
-"""Writing beside and renaming, and JSON lines: the one place that promises that a reader never sees half a file."""
+"""Writing beside and renaming, and JSON lines: this module alone promises that a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -62,8 +62,10 @@ def read_jsonl(path: str | os.PathLike, remedy: str) -> list[tuple[str, Any]]:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The file that a record names relative to its own folder. Raises UserError, starting with `where`, if it is not
-    below that folder (symbolic links followed)."""
+    """The file that a record names relative to its own folder.
+
+    Raises UserError, starting with `where`, if it is not below that folder (symbolic links followed).
+    """
     try:
         path = (folder / name).resolve()
     except (ValueError, OSError, RuntimeError) as error:  # a NUL in the name, a loop of links
@@ -80,5 +82,5 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def whole_lines(data: bytes) -> bytes:
-    """The lines of an append-only file without a last one that an interruption cut off."""
+    """The lines of an append-only file, without a last line that an interruption cut off."""
     return data[: data.rfind(b"\n") + 1]

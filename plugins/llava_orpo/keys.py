@@ -1,4 +1,4 @@
-"""The keys of a recipe: what each one takes, as recipes/schema.json says, and how a wrong value is worded.
+"""The keys of a recipe: what each takes according to recipes/schema.json, and how a wrong value is reported.
 
 `schema.make` generates the file from LLaMA-Factory's and the plugin's dataclasses, so nothing heavy is imported here.
 """
@@ -50,7 +50,7 @@ def place() -> Path:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of `words` that `word` is most likely a misspelling of, or None."""
+    """The word of `words` that `word` most likely misspells, or None."""
     near = difflib.get_close_matches(str(word), sorted(words), n=1, cutoff=0.6)
     return near[0] if near else None
 
@@ -66,7 +66,7 @@ def as_meant(value: Any, schema: dict[str, Any]) -> Any:
 
     `eval_strategy: no` arrives as False and means the word; "2", "5e-6" or "no" in quotes mean the number or truth
     value where the key takes nothing else; a number means its text where the key takes text alone. Any other value is
-    returned as it is, to be refused or accepted as it stands.
+    returned as it is, to be refused or accepted.
     """
     if isinstance(value, bool):
         return next((word for word in TRUTH_WORDS[value] if word in schema.get("enum", ())), value)
@@ -82,7 +82,7 @@ def as_meant(value: Any, schema: dict[str, Any]) -> Any:
 
 def problem(key: str, value: Any, schema: dict[str, Any]) -> str | None:
     """One sentence that says why `value` is not allowed for `key` and what is, or None if it is allowed."""
-    import jsonschema  # 0.15 s: only where values are checked
+    import jsonschema  # takes 0.15 s, so only where values are checked
 
     if jsonschema.Draft202012Validator(schema).is_valid(value):
         return None

@@ -1,6 +1,6 @@
 """What is wrong with a recipe, found before anything heavy is imported: keys, values, datasets, files, precision.
 
-Everything is looked up on this machine; a Hub id or a dataset of the Hub is not asked for.
+Everything is looked up on this machine; no request is sent for a Hub id or a dataset of the Hub.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from . import accelerator, keys
 
 DATASET_INFO = "dataset_info.json"
-OUTPUTS = "outputs"  # where the recipes write: a name below it is a folder, although `outputs/x` could be a Hub id
+OUTPUTS = "outputs"  # the recipes write there: a name below it is a folder, although `outputs/x` could be a Hub id
 # Registry keys under which LLaMA-Factory looks for a dataset elsewhere than in dataset_dir.
 REMOTE_ENTRIES = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 TRAINING_KEYS = "TrainingArguments"  # the class whose keys `train` alone takes
@@ -30,7 +30,7 @@ def problems(
     """One sentence per problem of `recipe`, [] if it is good. Values are to be as `recipe.as_meant` gives them.
 
     command: LLaMA-Factory's command that takes the recipe. uses: the keys whose files must exist (default: all).
-    also_known: further keys, to be named as the nearest of a misspelt one.
+    also_known: further keys that may be suggested for a misspelt one.
     """
     found = _key_problems(recipe, command, also_known)
     for key in NEEDED.get(command, ("model_name_or_path",)):
@@ -66,7 +66,7 @@ def _key_problems(recipe: Mapping[str, Any], command: str, also_known: Collectio
 
 
 def extra_keys_are_allowed() -> bool:
-    """LLaMA-Factory's own switches under which it takes keys that the schema does not know."""
+    """Whether a switch of LLaMA-Factory is on under which it takes keys that the schema does not know."""
     return any(os.environ.get(name, "0").lower() in ("true", "y", "1") for name in ("ALLOW_EXTRA_ARGS", "USE_MCA"))
 
 

@@ -1,7 +1,7 @@
-"""Progress of long work: bars for our own loops, and other commands whose output says how far they are.
+"""Progress of long work: bars for our own loops, and other commands whose output tells their progress.
 
 `bar` and `waiting` are for work of this process. `run` starts a command, writes its whole output to a file, and reads
-from that output, and from LLaMA-Factory's trainer_log.jsonl, how far it is; step_list.py shows it.
+its progress from that output and from LLaMA-Factory's trainer_log.jsonl; step_list.py shows it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOG_SECONDS = 20.0  # between two lines of progress where there is no terminal
 FILE_SECONDS = 10.0  # between two states of one bar in a step's file
 FINISHED_SECONDS = 3.0  # how long a full bar is shown when nothing follows it
 POLL_SECONDS = 0.25
-STOP_SECONDS = 10.0  # what a command gets to end by itself
+STOP_SECONDS = 10.0  # how long a command may take to end by itself
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _COUNT = r"\d+(?:\.\d+)?[kMGTPE]?"
@@ -41,7 +41,7 @@ _RATE = re.compile(r"[\d.?]+[kMGTPE]? *(?:s/(?P<slow>.+)|(?P<unit>.+)/s)")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far some work is. `done` and `total` are the texts to show, `fraction` is None without a known total."""
+    """The progress of some work. `done` and `total` are texts to show; `fraction` is None without a known total."""
 
     done: str
     total: str = ""
@@ -53,7 +53,7 @@ class Progress:
 
     @property
     def count(self) -> str:
-        """Such as "212/400 pairs"."""
+        """The count as it is shown, such as "212/400 pairs"."""
         many = self.unit and " " + self.unit + ("" if self.unit.endswith(("s", "B")) else "s")
         return f"{self.done}/{self.total}{many}" if self.total else f"{self.done}{many or ' done'}"
 
@@ -91,7 +91,7 @@ def _number(text: str) -> float:
 
 
 def parse_trainer_log(line: str) -> Progress | None:
-    """One line of LLaMA-Factory's trainer_log.jsonl as progress; None for a line that is cut or says none."""
+    """One line of LLaMA-Factory's trainer_log.jsonl as progress; None for a line that is cut or tells none."""
     try:
         entry = json.loads(line)
         done, total = int(entry["current_steps"]), int(entry["total_steps"])
@@ -110,7 +110,7 @@ def parse_trainer_log(line: str) -> Progress | None:
 
 
 class TrainerLog:
-    """Follows a trainer_log.jsonl that may not exist yet, or be one that a new run is about to remove."""
+    """Follows a trainer_log.jsonl, which may not exist yet, or which a new run may be about to remove."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class TrainerLog:
         self.newest: Progress | None = None
 
     def read(self) -> bool:
-        """Reads what was added. True if `newest` is new."""
+        """Reads what was added. Returns True if `newest` is new."""
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self.position:
@@ -141,8 +141,8 @@ class TrainerLog:
 class Output:
     """A command's output as it comes: written to a file, with the newest bar and the newest line at hand.
 
-    A bar is redrawn many times a second; the file gets its state every 10 s, its last one before any other line, and
-    every one that is full. Everything else is written as it is, without the escapes that move a cursor.
+    A bar is redrawn many times per second. The file gets its state every 10 s, its last state before any other line,
+    and every full bar. Everything else is written as it is, without the escapes that move a cursor.
     """
 
     def __init__(self, file: IO[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -176,7 +176,7 @@ class Output:
             self.file.flush()
 
     def close(self) -> None:
-        """Writes what no line end followed."""
+        """Writes the rest, which no line end followed."""
         with self._lock:
             if self._row.strip():
                 self._end_row(newline=True)
@@ -215,7 +215,7 @@ class Output:
 
 
 class Follower:
-    """What a running command says of itself: `progress` (None where it does not say), its newest `line`, `seconds`."""
+    """What a running command tells of itself: `progress` (None if it tells none), its newest `line`, `seconds`."""
 
     def __init__(self, output: Output, trainer_log: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.output, self.clock = output, clock
@@ -225,12 +225,12 @@ class Follower:
 
     @property
     def seconds(self) -> float:
-        """Since the command was started."""
+        """Seconds since the command was started."""
         return self.clock() - self.started
 
     @property
     def line(self) -> str:
-        """The newest line of output that is no bar."""
+        """The newest line of output that is not a bar."""
         return self.output.line
 
     @property
@@ -246,7 +246,7 @@ class Follower:
             elif logged and (bar is None or self.trainer_time > when):
                 bar, when = logged, self.trainer_time
         if bar is not None and bar.fraction == 1.0 and self.clock() - when > FINISHED_SECONDS:
-            return None  # something else goes on that has no bar
+            return None  # the command is doing something else, which has no bar
         return bar
 
 
@@ -264,7 +264,7 @@ def run(
     """
     bars = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": str(POLL_SECONDS)}
     environment = {**(os.environ if env is None else env), **bars}
-    environment.pop("COLUMNS", None)  # a bar cut to somebody's window cannot be read
+    environment.pop("COLUMNS", None)  # a bar that was cut to a window's width cannot be read
     with log.open("w", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         output = Output(file)
@@ -287,14 +287,14 @@ def run(
                 _stop(process, interrupts)
                 raise
             finally:
-                reader.join(STOP_SECONDS / 2)  # whoever still holds the pipe is no longer listened to
+                reader.join(STOP_SECONDS / 2)  # what still holds the pipe is no longer read
                 output.close()
 
 
 class _Interrupts:
-    """Counts SIGINT, SIGTERM and SIGHUP in the block, where that is possible (the main thread).
+    """Counts SIGINT, SIGTERM and SIGHUP in the block, where that is possible (in the main thread).
 
-    They raise nothing: an exception in the middle of Popen.wait would leave its lock taken.
+    The signals raise nothing: an exception in the middle of Popen.wait would leave its lock taken.
     """
 
     def __init__(self) -> None:
@@ -333,7 +333,7 @@ def _read(pipe: IO[bytes], output: Output) -> None:
 
 
 def _stop(process: subprocess.Popen, interrupts: _Interrupts) -> None:
-    """Ends a command and whatever of its group is left: asks first, kills after 10 s or at a second Ctrl-C."""
+    """Ends a command and what is left of its group: asks first, kills after 10 s or at a second Ctrl-C."""
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, request)
@@ -349,7 +349,7 @@ def _stop(process: subprocess.Popen, interrupts: _Interrupts) -> None:
 def bar(total: float | None, what: str, unit: str = "it", **more) -> tqdm:
     """A tqdm bar on stderr: live on a terminal, a line every 20 s in a log. `more` goes to tqdm.
 
-    Under `run` it says more often how far it is, because it is shown there.
+    Under `run` it tells its progress more often, because it is shown there.
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, **more)
@@ -378,9 +378,9 @@ class _LineBar(tqdm):
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Around work that cannot say how far it is: `what` and the seconds, live on a terminal, every 20 s in a log.
+    """Shows `what` and the seconds around work that cannot tell its progress: live on a terminal, every 20 s in a log.
 
-    Nothing is shown of work that ends within two seconds (in a log: within 20).
+    Work that ends within two seconds (in a log: within 20) shows nothing.
     """
     terminal = sys.stderr.isatty()
     over, started = threading.Event(), time.monotonic()

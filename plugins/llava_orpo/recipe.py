@@ -2,7 +2,7 @@
 
 Whatever takes a recipe is written like llamafactory-cli, `command recipe.yaml key=value …`, and reads its command line
 with `read_command`; a command that takes none has flags (`flags`). `run` starts both, so that an error the user can
-mend ends in one line. Nothing here imports torch, transformers or LLaMA-Factory.
+fix ends in one line. Nothing here imports torch, transformers or LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL = ("model_name_or_path", "adapter_name_or_path", "bf16", "fp16")
 MODEL_AND_PAIRS = (*MODEL, "eval_dataset")
 FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 THE_FILE = ""  # in a table of old spellings: the value is the command's recipe or file
-A_WORD = "word"  # in a table of old spellings: the key of a word that has none
+A_WORD = "word"  # in a table of old spellings: the key for a word without a key
 _JSON_TYPES = {
     bool: "boolean",
     int: "integer",
@@ -120,8 +120,8 @@ def read_command(
 
     doc: the command's help, printed whole for -h. own_keys: its keys with their defaults, whose types the values must
     have; a type in place of a default means "not given" is None. required: own keys that must be given. uses: the
-    recipe keys whose files and datasets must exist. file: what stands in the recipe's place; if that is another file
-    or a folder, `recipe` is empty and only own keys are taken. old: spellings that still work, with one note on
+    recipe keys whose files and datasets must exist. file: what the first word names; if that is another file than a
+    recipe, or a folder, `recipe` is empty and only own keys are taken. old: spellings that still work, with one note on
     stderr: {"--aligned": "aligned"}, {"--recipe": THE_FILE, A_WORD: "folder"}.
 
     Raises SystemExit after the help, and UsageError with one sentence per problem for anything that is wrong.

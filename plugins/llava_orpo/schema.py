@@ -1,7 +1,7 @@
 """Generates recipes/schema.json and docs/keys.md from the dataclasses that read a recipe.
 
 Types, choices, defaults and descriptions are LLaMA-Factory's and the plugin's own. Only what their annotations do not
-say stands here: the ranges of the numbers a recipe is likely to change, and the keys that take more than they declare.
+say is listed here: the ranges of numbers that a recipe is likely to change, and keys that take more than they declare.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RANGES = {
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "export_size": AT_LEAST_ONE,
 }
-# What the code takes and the annotation does not say: `true` is the last checkpoint in output_dir (Trainer.train), and
+# What the code takes, but the annotation does not say: `true` is the last checkpoint in output_dir (Trainer.train), and
 # fsdp's `true` is full_shard (TrainingArguments); the shares of the datasets may be a list (DataArguments).
 ALSO_TAKES = {"resume_from_checkpoint": ["boolean"], "fsdp": ["boolean"], "interleave_probs": ["array"]}
 # What ModelArguments refuses to be made without.

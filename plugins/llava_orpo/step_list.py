@@ -1,6 +1,6 @@
-"""A list of steps and how far the running one is: live on a terminal, a line every 20 s anywhere else.
+"""A list of steps with the progress of the running one: live on a terminal, a line every 20 s anywhere else.
 
-rich is imported for the live list alone: environments without it have the lines.
+rich is imported for the live list alone: environments without it show the lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PLAIN_MARKS = {"waits": " ", "runs": ">", "done": "+", "failed": "x"}  # where t
 
 @dataclass
 class Step:
-    """A line of the list: what it is called, the command that does it and how it went."""
+    """A line of the list: its title, the command that does it and how it went."""
 
     title: str
     command: str = ""
@@ -29,7 +29,7 @@ class Step:
 
 
 class LogSteps:
-    """Steps where there is no terminal: each with its command as it begins, then how far it is every 20 s."""
+    """Steps where there is no terminal: each with its command as it begins, then with its progress every 20 s."""
 
     def __init__(self, titles: Sequence[str], file: IO[str] | None = None) -> None:
         self.file = file or sys.stdout
@@ -44,26 +44,26 @@ class LogSteps:
         pass
 
     def begin(self, title: str, command: str) -> None:
-        """The next step, one of the titles, starts now."""
+        """Says that the next step, one of the titles, starts now."""
         self.running = next(step for step in self.steps if step.title == title)
         self.running.command, self.running.state = command, "runs"
         self._next = LOG_SECONDS
         self._print(f"\n[{title}]\n$ {command}")
 
     def show(self, follower: Follower) -> None:
-        """How far the running command is (see `run`)."""
+        """Shows the progress of the running command (see `progress.run`)."""
         if follower.seconds >= self._next:
             self._next = follower.seconds + LOG_SECONDS
             self._print(f"  {follower.seconds:.0f} s  {_state(follower)}")
 
     def end(self, seconds: float, result: str, reused: bool = False) -> None:
-        """The running step is done."""
+        """Says that the running step is done."""
         self.running.state, self.running.seconds = "done", seconds
         self.running.note = "done before" if reused else ""
         self._print(f"  done before, in {seconds:.0f} s: {result}" if reused else f"  {seconds:.0f} s: {result}")
 
     def fail(self) -> None:
-        """The running step failed or was stopped."""
+        """Says that the running step failed or was stopped."""
         self.running.state = "failed"
 
     def _print(self, text: str) -> None:

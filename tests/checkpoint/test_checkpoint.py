@@ -46,12 +46,14 @@ def test_mapping_covers_the_published_7b_exactly():
 def test_names_of_every_transformers_layout_lead_to_the_published_one():
     for name in published_7b():
         assert published_name(name) == name
-        in_memory_55 = (
-            "lm_head.weight" if name == LM_HEAD else "model." + name.replace("model.model", "model")
-        )
+        in_memory_55 = "lm_head.weight" if name == LM_HEAD else "model." + name.replace("model.model", "model")
         written_55 = name if name == LM_HEAD else "model." + name
-        for other in (in_memory_55, written_55, in_memory_55.replace("vision_model.", ""),
-                      name.replace("vision_model.", "")):  # fmt: skip
+        for other in (
+            in_memory_55,
+            written_55,
+            in_memory_55.replace("vision_model.", ""),
+            name.replace("vision_model.", ""),
+        ):
             assert published_name(other) == name
 
 
@@ -80,9 +82,7 @@ def test_written_folder_is_whole_and_loads_in_plain_transformers(tmp_path, model
     assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_tensors(model.config.to_dict())
     assert len(list(out.glob("model-*.safetensors"))) > 2
     assert max(f.stat().st_size for f in out.glob("model-*.safetensors")) < 420_000
-    for (
-        file
-    ) in base.iterdir():  # tokenizer, image settings, chat template, generation config and config alike
+    for file in base.iterdir():  # tokenizer, image settings, chat template, generation config and config alike
         assert (out / file.name).read_bytes() == file.read_bytes()
     check_folder(out)
     AutoProcessor.from_pretrained(out)
@@ -98,8 +98,11 @@ def test_state_dict_and_dtype(tmp_path, model, base):
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (out, base))
     assert config["dtype"] == "bfloat16" and before["dtype"] == "float32"
     assert {**config, "dtype": 0, "text_config": 0, "vision_config": 0} == {
-        **before, "dtype": 0, "text_config": 0, "vision_config": 0,
-    }  # fmt: skip
+        **before,
+        "dtype": 0,
+        "text_config": 0,
+        "vision_config": 0,
+    }
     loaded = load_checked(out)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(torch.bfloat16))
@@ -107,11 +110,9 @@ def test_state_dict_and_dtype(tmp_path, model, base):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_merged_lora_gives_the_logits_of_base_plus_adapter(tmp_path, base, dtype, tolerance):
-    """In bf16 merging rounds base + adapter to 8 bits of mantissa: 2 % of the logits' norm, the headline recipe's case."""
+    """In bf16, the headline recipe's case, merging rounds to 8 bits of mantissa: 2 % of the logits' norm."""
     model = tiny_llava(seed=5).to(dtype)
-    settings = LoraConfig(
-        r=4, lora_alpha=16, target_modules="all-linear", modules_to_save=["multi_modal_projector"]
-    )
+    settings = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", modules_to_save=["multi_modal_projector"])
     adapted = get_peft_model(model, settings)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -138,8 +139,10 @@ def test_layout_of_another_transformers_is_refused_not_random(tmp_path, model, b
     """transformers 5.6 writes `vision_tower.embeddings.*`; 5.5 finds no vision tower there."""
     from safetensors.torch import save_file
 
-    state = {name.replace("vision_model.", ""): model.state_dict()[key] for name, key in
-             published_names(model.state_dict()).items()}  # fmt: skip
+    state = {
+        name.replace("vision_model.", ""): model.state_dict()[key]
+        for name, key in published_names(model.state_dict()).items()
+    }
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     check_folder(base)  # whole, only under names this transformers cannot read
     with pytest.raises(CheckpointError, match="missing .*vision_tower.*export the model again"):
@@ -152,10 +155,6 @@ def test_check_load_names_everything():
         "unexpected_keys": {"c.d", "x.position_ids"},
         "mismatched_keys": {("e", 1, 2)},
     }
-    with pytest.raises(
-        CheckpointError, match=r"missing .*a\.b; unexpected: c\.d; of another shape: \('e', 1, 2\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing .*a\.b; unexpected: c\.d; of another shape: \('e', 1, 2\)"):
         check_load(info, "here")
-    check_load(
-        {"missing_keys": set(), "unexpected_keys": {"x.position_ids"}, "mismatched_keys": set()}, "here"
-    )
+    check_load({"missing_keys": set(), "unexpected_keys": {"x.position_ids"}, "mismatched_keys": set()}, "here")

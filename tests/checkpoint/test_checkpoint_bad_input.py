@@ -127,9 +127,7 @@ def test_overwrite_replaces_the_checkpoint(tmp_path, model, base):
 
 def test_full_disk_is_seen_before_writing(tmp_path, model, base, monkeypatch):
     monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=500_000))
-    with pytest.raises(
-        CheckpointError, match=r"Not enough disk space in .*: 0\.00\d GB needed, 0\.001 GB free"
-    ):
+    with pytest.raises(CheckpointError, match=r"Not enough disk space in .*: 0\.00\d GB needed, 0\.001 GB free"):
         save_published(model, tmp_path / "out", base)
     assert not list(tmp_path.iterdir())
 
@@ -179,9 +177,7 @@ def test_model_that_cannot_be_written(tmp_path, model, base):
 def test_quantized_base(tmp_path, model, base):
     quantized = shutil.copytree(base, tmp_path / "base")
     config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"load_in_4bit": True}})
-    )
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(CheckpointError, match="name the 16-bit base"):
         save_published(model, tmp_path / "out", quantized)
 

@@ -19,9 +19,7 @@ from llava_orpo.data.conversation import CONVERSATIONS, expand_image_token
 
 MISTRAL = CONVERSATIONS["llava_v16_mistral"]
 PUBLISHED = AnyresGeometry(336, 14, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
-ARTWORK_IDS = [
-    *records.ARTWORK_BEFORE_IMAGE, *[32000] * records.ARTWORK_NUM_IMAGE_TOKENS, *records.ARTWORK_AFTER_IMAGE
-]  # fmt: skip
+ARTWORK_IDS = [*records.ARTWORK_BEFORE_IMAGE, *[32000] * records.ARTWORK_NUM_IMAGE_TOKENS, *records.ARTWORK_AFTER_IMAGE]
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import demo
 from helpers.recipes import photo_rows, random_model, recipe, write_rows
 from helpers.serving import accepts, free_port, picture, png, random_adapter, server
 from llava_orpo.checkpoint.files import CheckpointError
 from llava_orpo.data import images
-from llava_orpo.demo import cards as demo_page
-from llava_orpo.demo import models as demo_models
-from llava_orpo.demo import page as demo_builder
+from llava_orpo.demo import cards, models
+from llava_orpo.demo.page import read_examples
 from llava_orpo.evaluation import resume
-from llava_orpo.preference import metrics as preference
 
 pytestmark = pytest.mark.xdist_group("demo")  # one server for all of them
 
@@ -52,7 +51,7 @@ def keys(folder):
 
 @pytest.fixture(scope="module")
 def candidates(folder, keys):
-    return demo_models.load_candidates(keys, str(folder / "adapter"), str(folder / "out"))
+    return models.load_candidates(keys, str(folder / "adapter"), str(folder / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def references(folder):
 
 
 def whole(candidate, image: bytes, question: str = QUESTION) -> str:
-    *_, text = demo_models.stream_answer(candidate, image, question, TOKENS)
+    *_, text = models.stream_answer(candidate, image, question, TOKENS)
     return text
 
 
@@ -75,9 +74,9 @@ def test_answers_are_those_of_transformers_and_peft(candidates, references):
     said = [whole(candidate, png(image)) for candidate in candidates]
     assert said == [ask.answer(*reference, image, QUESTION, TOKENS) for reference in references]
     assert said[0] != said[1]
-    parts = list(demo_models.stream_answer(candidates[1], png(image), QUESTION, TOKENS))
+    parts = list(models.stream_answer(candidates[1], png(image), QUESTION, TOKENS))
     assert len(parts) > 3 and parts[-1] == said[1]
-    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:]))
+    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=True))
 
 
 def test_two_users_at_once_do_not_switch_each_others_adapter(candidates):
@@ -97,11 +96,11 @@ def test_two_users_at_once_do_not_switch_each_others_adapter(candidates):
 
 def test_a_reader_who_leaves_stops_the_generation(candidates):
     image = png(picture(90, 90))
-    stream = demo_models.stream_answer(candidates[0], image, QUESTION, 4000)
+    stream = models.stream_answer(candidates[0], image, QUESTION, 4000)
     next(stream)
     stream.close()
-    assert demo_models._DEVICE.acquire(timeout=20), "4,000 tokens would take minutes"
-    demo_models._DEVICE.release()
+    assert models._DEVICE.acquire(timeout=20), "4,000 tokens would take minutes"
+    models._DEVICE.release()
 
 
 def test_errors_of_the_generation_reach_the_reader(candidates, monkeypatch):
@@ -110,9 +109,9 @@ def test_errors_of_the_generation_reach_the_reader(candidates, monkeypatch):
 
     monkeypatch.setattr(candidates[0].session.model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(demo_models.stream_answer(candidates[0], png(picture(50, 50)), QUESTION, 4))
+        list(models.stream_answer(candidates[0], png(picture(50, 50)), QUESTION, 4))
     with pytest.raises(ValueError, match="too long"):
-        list(demo_models.stream_answer(candidates[1], png(picture(50, 50)), "word " * 40_000, 4))
+        list(models.stream_answer(candidates[1], png(picture(50, 50)), "word " * 40_000, 4))
 
 
 def test_scores_are_those_of_the_evaluation(folder, keys, candidates):
@@ -121,32 +120,30 @@ def test_scores_are_those_of_the_evaluation(folder, keys, candidates):
 
     rows = pq.read_table(folder / "rows.parquet").to_pylist()
     recipes = [keys, {**keys, "adapter_name_or_path": str(folder / "adapter")}]
-    for name, candidate, one in zip(("base", "aligned"), candidates, recipes):
-        pairs = resume.evaluate(dict(one), folder / name)
+    for name, candidate, one in zip(("base", "aligned"), candidates, recipes, strict=True):
+        pairs = resume.evaluate(dict(one), folder / name).pairs
         assert len(pairs) == len(rows) == 6
-        for pair, row in zip(pairs, rows):
-            result = demo_models.compare(
-                candidate, row["image"]["bytes"], row["question"], row["chosen"], row["rejected"]
-            )
+        for pair, row in zip(pairs, rows, strict=True):
+            result = models.compare(candidate, row["image"]["bytes"], row["question"], row["chosen"], row["rejected"])
             for side, answer in (("chosen", result.a), ("rejected", result.b)):
-                assert answer.length == pair[f"{side}_tokens"]
-                assert answer.logp == pytest.approx(pair[f"{side}_logp"], abs=2e-4)
+                assert answer.length == getattr(pair, f"{side}_tokens")
+                assert answer.logp == pytest.approx(getattr(pair, f"{side}_logp"), abs=2e-4)
                 assert sum(token[1] for token in answer.tokens) == pytest.approx(answer.logp, abs=1e-3)
                 assert sum(token[2] for token in answer.tokens) == answer.length
-            assert result.margin == pytest.approx(preference.margin(pair), abs=2e-5)
-            assert abs(result.margin) < 2e-5 or (result.margin > 0) == pair["correct"]
+            assert result.margin == pytest.approx(pair.margin, abs=2e-5)
+            assert abs(result.margin) < 2e-5 or (result.margin > 0) == pair.correct
 
 
 def test_the_other_way_round_the_margin_changes_its_sign(candidates):
     image = png(picture(120, 80))
-    there = demo_models.compare(candidates[1], image, QUESTION, "A red boat.", "Two cats on a bench.")
-    back = demo_models.compare(candidates[1], image, QUESTION, "Two cats on a bench.", "A red boat.")
+    there = models.compare(candidates[1], image, QUESTION, "A red boat.", "Two cats on a bench.")
+    back = models.compare(candidates[1], image, QUESTION, "Two cats on a bench.", "A red boat.")
     assert there.margin == pytest.approx(-back.margin, abs=1e-5) and there.margin != 0
     assert "".join(token[0] for token in there.a.tokens).strip() == "A red boat.</s>"
     with pytest.raises(ValueError, match="same text"):
-        demo_models.compare(candidates[1], image, QUESTION, "A cat.", "A cat.")
+        models.compare(candidates[1], image, QUESTION, "A cat.", "A cat.")
     with pytest.raises(ValueError, match="cutoff_len"):
-        demo_models.compare(candidates[1], image, QUESTION, "word " * 5000, "A cat.")
+        models.compare(candidates[1], image, QUESTION, "word " * 5000, "A cat.")
 
 
 @given(st.text(min_size=1, max_size=30))
@@ -154,7 +151,7 @@ def test_the_other_way_round_the_margin_changes_its_sign(candidates):
 def test_readable_pieces_make_up_the_text(text):
     tokenizer = _tokenizer()
     ids = tokenizer(text + "🦜é", add_special_tokens=False).input_ids
-    pieces = list(demo_models.readable(tokenizer, ids, [-0.5] * len(ids)))
+    pieces = list(models.readable(tokenizer, ids, [-0.5] * len(ids)))
     assert "".join(piece for piece, _, _ in pieces) == tokenizer.decode(ids)
     assert sum(count for _, _, count in pieces) == len(ids)
     assert sum(logp for _, logp, _ in pieces) == pytest.approx(-0.5 * len(ids))
@@ -170,12 +167,12 @@ def _tokenizer():
 
 
 def test_texts_cannot_bring_markup():
-    scored = demo_models.ScoredAnswer(((EVIL, -1.5, 1), ("</s>", -0.1, 1)), -1.6, 2)
+    scored = models.ScoredAnswer(((EVIL, -1.5, 1), ("</s>", -0.1, 1)), -1.6, 2)
     pages = [
-        demo_page.header(EVIL, EVIL),
-        demo_page.answer_card("Base", EVIL, EVIL),
-        demo_page.answer_card("Base", EVIL, EVIL, "done", "other words"),
-        demo_page.comparison_card("Aligned", EVIL, demo_models.Comparison(scored, scored, 0.1)),
+        cards.header(EVIL, EVIL),
+        cards.answer_card("Base", EVIL, EVIL),
+        cards.answer_card("Base", EVIL, EVIL, "done", "other words"),
+        cards.comparison_card("Aligned", EVIL, models.Comparison(scored, scored, 0.1)),
     ]
     for html in pages:
         assert "<script" not in html and "<img" not in html and "&lt;script" in html
@@ -183,17 +180,17 @@ def test_texts_cannot_bring_markup():
 
 def test_a_less_likely_token_is_stronger_and_a_tie_is_no_preference():
     strengths = [
-        float(demo_page.token_span("x", logp, 1, False).split("--s:")[1].split('"')[0])
+        float(cards.token_span("x", logp, 1, False).split("--s:")[1].split('"')[0])
         for logp in (0.0, -0.5, -3.0, -6.0, -40.0)
     ]
     assert strengths[0] == 0 and strengths == sorted(strengths) and strengths[-2:] == [1.0, 1.0]
-    scored = demo_models.ScoredAnswer((("a", -1.0, 1), ("</s>", -1.0, 1)), -2.0, 2)
-    card = demo_page.comparison_card("Base", "m", demo_models.Comparison(scored, scored, 0.0))
+    scored = models.ScoredAnswer((("a", -1.0, 1), ("</s>", -1.0, 1)), -2.0, 2)
+    card = cards.comparison_card("Base", "m", models.Comparison(scored, scored, 0.0))
     assert "No preference" in card and 'class="scored preferred"' not in card
 
 
 def test_marks_words_that_the_other_answer_does_not_have():
-    html = demo_page.marked("There is a red <b>star</b>.", "There is a blue <b>star</b>.")
+    html = cards.marked("There is a red <b>star</b>.", "There is a blue <b>star</b>.")
     assert html == "There is a <mark>red</mark> &lt;b&gt;star&lt;/b&gt;."
 
 
@@ -201,16 +198,16 @@ def test_marks_words_that_the_other_answer_does_not_have():
 def test_refuses_files_that_are_no_image(tmp_path, data):
     (tmp_path / "x.png").write_bytes(data)
     with pytest.raises(images.ImageError, match="not an image"):
-        demo_models.read_image(tmp_path / "x.png")
+        models.read_image(tmp_path / "x.png")
 
 
 def test_refuses_other_formats_and_too_many_pixels(tmp_path):
     picture(20, 20).save(tmp_path / "x.tiff")
     with pytest.raises(images.ImageError, match="PNG, JPEG"):
-        demo_models.read_image(tmp_path / "x.tiff")
+        models.read_image(tmp_path / "x.tiff")
     Image.new("1", (10_000, 5_001)).save(tmp_path / "big.png")
     with pytest.raises(images.ImageError, match="50 megapixels"):
-        demo_models.read_image(tmp_path / "big.png")
+        models.read_image(tmp_path / "big.png")
 
 
 def test_an_adapter_of_another_base_is_refused(folder, keys, tmp_path):
@@ -219,7 +216,7 @@ def test_an_adapter_of_another_base_is_refused(folder, keys, tmp_path):
     config["base_model_name_or_path"] = "somebody/another-llava"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="another-llava"):
-        demo_models.load_candidates(keys, str(tmp_path / "adapter"), str(tmp_path))
+        models.load_candidates(keys, str(tmp_path / "adapter"), str(tmp_path))
 
 
 def test_a_merged_folder_is_a_second_model(folder, keys, references, tmp_path):
@@ -229,7 +226,7 @@ def test_a_merged_folder_is_a_second_model(folder, keys, references, tmp_path):
     merged = tmp_path / "merged"
     plain = copy.deepcopy(model).merge_and_unload()
     checkpoint.save_published(plain, merged, random_model())
-    base, aligned = demo_models.load_candidates(keys, str(merged), str(tmp_path))
+    base, aligned = models.load_candidates(keys, str(merged), str(tmp_path))
     assert base.session is not aligned.session and aligned.label == "merged"
     image = picture(100, 140)
     assert whole(aligned, png(image)) == ask.answer(*references[1], image, QUESTION, TOKENS)
@@ -237,10 +234,42 @@ def test_a_merged_folder_is_a_second_model(folder, keys, references, tmp_path):
 
 
 def test_examples_are_different_images_with_different_pairs(folder, tmp_path):
-    found = demo_builder.read_examples(folder / "rows.parquet", 2, tmp_path)
+    found = read_examples(folder / "rows.parquet", 2, tmp_path)
     assert len(found) == 2 and len({row["image"] for row in found}) == 2
     assert all(Path(row["image"]).read_bytes() for row in found)
-    assert len(demo_builder.read_examples(folder / "rows.parquet", 99, tmp_path)) == 3
+    assert len(read_examples(folder / "rows.parquet", 99, tmp_path)) == 3
+
+
+def test_flags_of_before_still_work(folder, keys, monkeypatch, capsys):
+    """One line says what to write instead, and what it says is what it does."""
+    started = []
+
+    class Page:
+        def __init__(self, *settings):
+            self.settings = settings
+
+        def launch(self, **options):
+            assert Path(options.pop("allowed_paths")[0]).is_dir()
+            started.append((*self.settings, options))
+
+    def read(path, count, scratch):
+        return [path, count]
+
+    monkeypatch.setattr("llava_orpo.demo.models.load_candidates", lambda recipe, aligned, scratch: (recipe, aligned))
+    monkeypatch.setattr("llava_orpo.demo.page.read_examples", read)
+    monkeypatch.setattr("llava_orpo.demo.page.build", Page)
+    recipe, adapter, rows = folder / "recipe.yaml", folder / "adapter", folder / "rows.parquet"
+    flags = ["--aligned", adapter, f"--examples={rows}", "--port", 7861, "--max-new-tokens", 9]
+    flags += ["--max-upload-mb", 2, "--host=127.0.0.2", "--share", "cutoff_len=512"]
+    assert demo.main([str(recipe), *map(str, flags)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    explanation, words = line.split(" write: ")
+    assert explanation == "This spelling is deprecated;" and not any(word.startswith("-") for word in words.split())
+    assert demo.main(words.split()[1:]) == 0
+    options = {"server_name": "127.0.0.2", "server_port": 7861, "share": True, "show_api": False, "show_error": True}
+    candidates = ({**keys, "cutoff_len": 512}, str(adapter))
+    assert started == [(candidates, [rows, 12], 9, {**options, "max_file_size": "2mb"})] * 2
+    assert capsys.readouterr().err == ""
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------
@@ -250,10 +279,10 @@ def test_examples_are_different_images_with_different_pairs(folder, tmp_path):
 def address(folder, tmp_path_factory):
     """The demo started as in its docstring, on a random base model with a random adapter."""
     port = free_port()
-    command = [sys.executable, "scripts/demo.py", str(folder / "recipe.yaml"), "--aligned", str(folder / "adapter")]
-    command += ["--examples", str(folder / "rows.parquet"), "--port", str(port), "--max-new-tokens", str(TOKENS)]
+    command = [sys.executable, "scripts/demo.py", str(folder / "recipe.yaml"), f"aligned={folder / 'adapter'}"]
+    command += [f"examples={folder / 'rows.parquet'}", f"port={port}", f"max_new_tokens={TOKENS}", "max_upload_mb=1"]
     log = tmp_path_factory.mktemp("log") / "demo.txt"
-    with server([*command, "--max-upload-mb", "1"], port, log):
+    with server(command, port, log):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -331,9 +360,9 @@ def test_browser_shows_which_answer_each_model_prefers(page, candidates):
     fill(page, "Answer B", b)
     page.click("#judge")
     page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
-    for role, candidate in zip(("base", "aligned"), candidates):
+    for role, candidate in zip(("base", "aligned"), candidates, strict=True):
         card = page.locator(f".{role}[data-margin]")
-        expected = demo_models.compare(candidate, image, QUESTION, a, b)
+        expected = models.compare(candidate, image, QUESTION, a, b)
         assert float(card.get_attribute("data-margin")) == pytest.approx(expected.margin, abs=2e-5)
         verdict = f"Prefers {'A' if expected.margin > 0 else 'B'}by {abs(expected.margin):.3f} nats per token"
         assert card.locator(".verdict").text_content() == verdict
@@ -341,7 +370,7 @@ def test_browser_shows_which_answer_each_model_prefers(page, candidates):
         colours = card.locator("[data-answer=A] .token").evaluate_all(
             "spans => spans.map((s) => Number(getComputedStyle(s).backgroundColor.match(/[\\d.]+/g)[3] ?? 1))"
         )
-        strengths = [min(-token[1] / demo_page.FULL_COLOUR, 1) for token in expected.a.tokens]
+        strengths = [min(-token[1] / cards.FULL_COLOUR, 1) for token in expected.a.tokens]
         assert colours == pytest.approx([0.78 * s for s in strengths], abs=0.01)
     assert page.evaluate("typeof window.hacked") == "undefined"
 
@@ -354,9 +383,7 @@ def test_browser_examples_fill_the_fields(page, folder, references):
 
     row = pq.read_table(folder / "rows.parquet").to_pylist()[0]
     page.locator(".gallery-item").first.click()
-    page.wait_for_function(
-        "(q) => document.querySelector('textarea').value == q", arg=row["question"]
-    )
+    page.wait_for_function("(q) => document.querySelector('textarea').value == q", arg=row["question"])
     image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
     expected = [ask.answer(*reference, image, row["question"], TOKENS) for reference in references]
     assert ask_both(page) == expected, "the example's own bytes reach the model"

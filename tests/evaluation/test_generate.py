@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers.recipes import other_model, photo_rows, random_model, write_recipe, write_rows
 from llava_orpo.data import images
+from llava_orpo.errors import UserError
 from llava_orpo.evaluation import generation
 from llava_orpo.evaluation.sampling import SeededSampling
 
@@ -47,9 +48,7 @@ def run(folder: Path, out: str, *overrides: str) -> list[dict]:
 
 
 def read(folder: Path) -> list[dict]:
-    return [
-        json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +64,7 @@ def plain_answer(model, processor, row: dict, max_new_tokens: int = 6) -> str:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(
-        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    ).strip()
+    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def test_equals_transformers_one_at_a_time(rows, greedy):
@@ -83,7 +80,7 @@ def test_equals_transformers_one_at_a_time(rows, greedy):
 def test_lines_say_what_was_asked(rows, greedy, folder):
     kept = [0, 2, 3, 4, 5, 6, 7]  # pair 1 asks what pair 0 asks
     assert len(greedy) == len(kept)
-    for line, index in zip(greedy, kept):
+    for line, index in zip(greedy, kept, strict=True):
         row = rows[index]
         assert {key: line[key] for key in ("question", "chosen", "rejected")} == {
             key: row[key] for key in ("question", "chosen", "rejected")
@@ -95,9 +92,7 @@ def test_lines_say_what_was_asked(rows, greedy, folder):
         else:
             path = folder / "greedy" / line["image"]["path"]
             assert path.read_bytes() == row["image"]["bytes"]
-            assert (
-                path.name == f"{images.content_hash(row['image']['bytes'])}.{'png' if index > 5 else 'jpg'}"
-            )
+            assert path.name == f"{images.content_hash(row['image']['bytes'])}.{'png' if index > 5 else 'jpg'}"
 
 
 def test_batch_size_changes_no_sample_but_the_seed_does(folder, greedy):
@@ -113,9 +108,9 @@ def test_batch_size_changes_no_sample_but_the_seed_does(folder, greedy):
 def test_interrupted_run_resumes(folder, greedy, monkeypatch):
     original, asked = generation.generate, []
 
-    def stops_after_one_batch(session, positions, **settings):
+    def stops_after_one_batch(session, positions, settings):
         asked.append(len(positions))
-        for number, batch in enumerate(original(session, positions, **settings)):
+        for number, batch in enumerate(original(session, positions, settings)):
             if number == 1 and len(asked) == 1:
                 raise KeyboardInterrupt
             yield batch
@@ -149,7 +144,7 @@ def test_model_names():
     assert list(generation.named_models(base, "base, a/x/,b/y")) == ["base", "x", "y"]
     assert list(generation.named_models(base, ["a/x", "b/x"])) == ["a/x", "b/x"]
     assert list(generation.named_models({**base, "adapter_name_or_path": "o/run"}, None)) == ["m+run"]
-    with pytest.raises(SystemExit, match="once"):
+    with pytest.raises(UserError, match="once"):
         generation.named_models(base, "base,base")
 
 
@@ -170,7 +165,7 @@ def test_spread_of_max_prompts():
     made = [{"image_hash": str(i // 2), "image": None, "prompt_ids": [i % 2]} for i in range(10)]
     assert generation.unique_prompts(made + made) == list(range(10))
     assert generation.unique_prompts(made, 4) == [0, 2, 5, 7]
-    with pytest.raises(SystemExit, match="max_prompts=0"):
+    with pytest.raises(UserError, match="max_prompts=0"):
         generation.unique_prompts(made, 0)
 
 

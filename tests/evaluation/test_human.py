@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import human
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,19 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from statsmodels.stats.inter_rater import cohens_kappa as statsmodels_kappa
 
-from helpers.paths import ROOT
-
-EVALS = ROOT / "evals"
-
-import human
-
-from llava_orpo.evaluation import votes as votes_module
+from llava_orpo.errors import UsageError, UserError
+from llava_orpo.evaluation import votes, voting
 from llava_orpo.evaluation.answer_pairs import AnswerPair, read_answer_pairs, tally
 from llava_orpo.evaluation.votes import VoteStore, cohens_kappa, flipped, majority
 
-PAIRS = [
-    AnswerPair("d", f"p{i}", "s/t", f"question {i}?", None, f"ours {i}", f"theirs {i}") for i in range(40)
-]
+PAIRS = [AnswerPair("d", f"p{i}", "s/t", f"question {i}?", None, f"ours {i}", f"theirs {i}") for i in range(40)]
 
 
 @pytest.fixture
@@ -41,8 +35,18 @@ def file(tmp_path):
             "secretbase": f"theirs {i} <b>x</b>",
             "secrettuned": f"ours {i}" if i != 5 else "theirs 5 <b>x</b>",
         }
-        lines.append({"pair_id": f"p{i}", "dataset": "d", "subset": "s/t", "image": image, "question": f"question {i}?",
-                      "chosen": "c", "rejected": "r", "answers": answers})  # fmt: skip
+        lines.append(
+            {
+                "pair_id": f"p{i}",
+                "dataset": "d",
+                "subset": "s/t",
+                "image": image,
+                "question": f"question {i}?",
+                "chosen": "c",
+                "rejected": "r",
+                "answers": answers,
+            }
+        )
     path = tmp_path / "generations.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -70,7 +74,7 @@ def test_vote_is_on_disk_before_it_is_confirmed(tmp_path, monkeypatch):
         original(descriptor)
         synced.append((tmp_path / "ann.jsonl").read_text())
 
-    monkeypatch.setattr(votes_module.os, "fsync", fsync)
+    monkeypatch.setattr(votes.os, "fsync", fsync)
     VoteStore(tmp_path).add("ann", PAIRS[0], "left", False)
     assert len(synced) == 1 and json.loads(synced[0])["pair_id"] == "p0"
 
@@ -120,23 +124,17 @@ def test_names_that_are_no_file_names(tmp_path, name):
 
 
 def test_order_is_a_fixed_fair_coin():
-    coins = np.array(
-        [[flipped(seed, rater, pair) for pair in PAIRS] for seed in range(10) for rater in "abcde"]
-    )
+    coins = np.array([[flipped(seed, rater, pair) for pair in PAIRS] for seed in range(10) for rater in "abcde"])
     assert coins.tolist() == [[flipped(s, r, pair) for pair in PAIRS] for s in range(10) for r in "abcde"]
     assert abs(coins.mean() - 0.5) < 4 * 0.5 / coins.size**0.5
     assert len({tuple(row) for row in coins.tolist()}) == 50  # another order for each seed and rater
 
 
-@pytest.mark.filterwarnings(
-    "ignore:invalid value encountered:RuntimeWarning"
-)  # in statsmodels' standard errors
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in statsmodels' standard errors
 @given(st.lists(st.tuples(*[st.sampled_from(["a", "tie", "b"])] * 2), min_size=1))
-def test_kappa_equals_statsmodels(votes):
-    first, second = zip(*votes)
-    table = np.array(
-        [[sum(v == (x, y) for v in votes) for y in ("a", "tie", "b")] for x in ("a", "tie", "b")]
-    )
+def test_kappa_equals_statsmodels(categories):
+    first, second = zip(*categories, strict=True)
+    table = np.array([[sum(v == (x, y) for v in categories) for y in ("a", "tie", "b")] for x in ("a", "tie", "b")])
     if len(set(first)) == 1 and set(first) == set(second):
         assert cohens_kappa(first, second) is None
     else:
@@ -155,7 +153,7 @@ def test_report_numbers(tmp_path, file, capsys):
     folder = tmp_path / "votes_secrettuned_vs_secretbase"
     store = VoteStore(folder)
     for rater, choices in {"ann": "aaabt", "bob": "aabb"}.items():
-        for pair, choice in zip(pairs, choices):
+        for pair, choice in zip(pairs, choices, strict=True):
             store.add(rater, pair, {"a": "left", "b": "right", "t": "tie"}[choice], False)
     VoteStore(folder).path("nobody").touch()
     judged = [{"key": pair.key, "outcome": "a"} for pair in pairs]
@@ -168,17 +166,15 @@ def test_report_numbers(tmp_path, file, capsys):
     lines = {tuple(line["raters"]): line for line in summary["agreement"]}
     assert lines["ann", "bob"]["agreement"] == 0.75 and lines["ann", "bob"]["n"] == 4
     assert lines["ann", "bob"]["kappa"] == pytest.approx((0.75 - 0.5) / 0.5)  # chance: 3/4 * 2/4 + 1/4 * 2/4
-    assert lines["ann", "(judge)"]["agreement"] == 0.6 and lines["ann", "(judge)"]["kappa"] == pytest.approx(
-        0
-    )
+    assert lines["ann", "(judge)"]["agreement"] == 0.6 and lines["ann", "(judge)"]["kappa"] == pytest.approx(0)
     printed = capsys.readouterr().out
     assert "majority of 2 raters" in printed and "agree on 75.0%" in printed
 
 
 def test_report_without_votes(file):
-    with pytest.raises(SystemExit, match="no votes"):
+    with pytest.raises(UserError, match="no votes"):
         human.main([str(file), "report=true"])
-    with pytest.raises(SystemExit, match="Unknown: rater"):
+    with pytest.raises(UsageError, match="Unknown key `rater`"):
         human.main([str(file), "rater=x"])
 
 
@@ -186,15 +182,15 @@ def test_view_is_blind_and_resumes(tmp_path):
     store = VoteStore(tmp_path)
     sides = set()
     for index, pair in enumerate(PAIRS):
-        seen = human.view(PAIRS, store, 0, "ann", index)
+        seen = voting.view(PAIRS, store, 0, "ann", index)
         assert {seen["left"], seen["right"]} == {pair.a, pair.b}
         sides.add(seen["left"] == pair.a)
     assert sides == {True, False}
     store.add("ann", PAIRS[0], "left", False)
     store.add("ann", PAIRS[2], "left", False)
     voted = store.outcomes("ann", PAIRS)
-    assert human.next_unvoted(PAIRS, voted) == 1 and human.next_unvoted(PAIRS, voted, 2) == 3
-    assert human.view(PAIRS, store, 0, "ann", 40)["progress"] == "ann: 2 of 40 voted. All done, thank you."
+    assert voting.next_unvoted(PAIRS, voted) == 1 and voting.next_unvoted(PAIRS, voted, 2) == 3
+    assert voting.view(PAIRS, store, 0, "ann", 40)["progress"] == "ann: 2 of 40 voted. All done, thank you."
 
 
 @pytest.fixture
@@ -203,10 +199,10 @@ def page(file, tmp_path):
     _, _, pairs = read_answer_pairs(file, None, None)
     pairs = pairs[:4]
     store = VoteStore(tmp_path / "votes")
-    blocks = human.make_page(pairs, store, seed=0)
+    blocks = voting.make_page(pairs, store, seed=0)
     _, address, _ = blocks.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path / "images")],
-    )  # fmt: skip
+        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path / "images")]
+    )
     yield address, store, pairs
     blocks.close()
 
@@ -266,9 +262,7 @@ def test_page_in_a_browser(page):
         expect(tab.locator("#progress")).to_contain_text("All done")
         expect(tab.locator("#vote-left")).to_be_disabled()
         text = tab.content() + "".join(
-            r.text()
-            for r in received
-            if "json" in r.headers.get("content-type", "") and r.request.method == "GET"
+            r.text() for r in received if "json" in r.headers.get("content-type", "") and r.request.method == "GET"
         )
         browser.close()
     assert "secret" not in text

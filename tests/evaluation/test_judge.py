@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import judge
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,14 +25,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from helpers.judge_server import JudgeServer, Reply, shown
 from helpers.paths import ROOT
-
-EVALS = ROOT / "evals"
-
-import judge
-
+from llava_orpo.errors import UsageError, UserError
 from llava_orpo.evaluation import answer_pairs, judge_api, judging
 from llava_orpo.evaluation.judge_prompt import parse_verdict
 
+EVALS = ROOT / "evals"
 KEY = "sk-secret-0123456789"
 
 
@@ -39,9 +37,7 @@ KEY = "sk-secret-0123456789"
 def quick(monkeypatch):
     """Back-off in milliseconds; the key in the environment."""
     original = judge_api.ChatClient.__init__
-    monkeypatch.setattr(
-        judge_api.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002)
-    )
+    monkeypatch.setattr(judge_api.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -65,9 +61,17 @@ def write_generations(folder: Path, n: int) -> Path:
         tuned = "true {x}" if i < 12 or i >= 17 else "false"
         base = "false" if i < 12 else "true {x}" if i < 17 else "true too"
         lines.append(
-            {"pair_id": f"p{i}", "dataset": "d", "subset": f"s/{i % 2}", "image": image, "question": f"what is {i}?",
-             "chosen": "good", "rejected": "bad", "answers": {"base": base, "tuned": tuned}}
-        )  # fmt: skip
+            {
+                "pair_id": f"p{i}",
+                "dataset": "d",
+                "subset": f"s/{i % 2}",
+                "image": image,
+                "question": f"what is {i}?",
+                "chosen": "good",
+                "rejected": "bad",
+                "answers": {"base": base, "tuned": tuned},
+            }
+        )
     path = folder / "generations.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -108,18 +112,14 @@ def test_win_tie_loss_and_what_is_sent(file, capsys):
     }
     asked = [shown(body) for body, _, _ in server.requests]
     assert len(asked) == 40
-    assert {(q, first) for q, first, _, _ in asked} == {
-        (q, second) for q, _, second, _ in asked
-    }  # both orders
+    assert {(q, first) for q, first, _, _ in asked} == {(q, second) for q, _, second, _ in asked}  # both orders
     sent = {question: url for question, _, _, url in asked}
     assert sent["what is 1?"] is None
     assert (
         base64.b64decode(sent["what is 0?"].removeprefix("data:image/png;base64,"))
         == (file.parent / "images" / "0.png").read_bytes()
     )
-    bmp = base64.b64decode(
-        sent["what is 2?"].removeprefix("data:image/png;base64,")
-    )  # endpoints don't read BMP
+    bmp = base64.b64decode(sent["what is 2?"].removeprefix("data:image/png;base64,"))  # endpoints don't read BMP
     assert Image.open(io.BytesIO(bmp)).getpixel((0, 0)) == (18, 90, 20)
     assert all(body["temperature"] == 0 and body["model"] == "stub" for body, _, _ in server.requests)
     assert "12 won, 3 tied, 5 lost" in capsys.readouterr().out
@@ -237,14 +237,8 @@ def test_what_stays_unjudged_is_counted_and_tried_again(file, capsys):
         summary = run(file, server)
     assert counts(summary) == (10, 3, 5) and summary["not_judged"] == 2
     complaints = capsys.readouterr().err
-    assert (
-        "2 pairs were not judged" in complaints
-        and "content policy" in complaints
-        and "no verdict in" in complaints
-    )
-    assert [shown(body)[0] for body, _, _ in server.requests].count(
-        "what is 0?"
-    ) == 2  # a refusal is not retried
+    assert "2 pairs were not judged" in complaints and "content policy" in complaints and "no verdict in" in complaints
+    assert [shown(body)[0] for body, _, _ in server.requests].count("what is 0?") == 2  # a refusal is not retried
     with JudgeServer(honest) as server:
         assert counts(run(file, server)) == (12, 3, 5)
     assert len(server.requests) == 4
@@ -253,7 +247,7 @@ def test_what_stays_unjudged_is_counted_and_tried_again(file, capsys):
 @pytest.mark.parametrize("status", [401, 404])
 def test_wrong_key_or_address_stops_at_once_and_hides_the_key(file, status, capsys):
     with JudgeServer(lambda request, number: Reply(f"Incorrect API key provided: {KEY}", status)) as server:
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(UserError) as stopped:
             run(file, server, "concurrency=2")
     assert len(server.requests) <= 4
     assert "***" in str(stopped.value) and "OPENAI_API_KEY" in str(stopped.value)
@@ -263,7 +257,7 @@ def test_wrong_key_or_address_stops_at_once_and_hides_the_key(file, status, caps
 def test_dead_endpoint_is_given_up(file):
     with JudgeServer(honest) as server:
         pass  # the port is closed again
-    with pytest.raises(SystemExit, match="10 requests in a row failed.*ConnectError"):
+    with pytest.raises(UserError, match="10 requests in a row failed.*ConnectError"):
         run(file, server, "retries=1")
 
 
@@ -281,9 +275,9 @@ def test_key_is_sent_and_never_stored(file, capsys, monkeypatch):
     with JudgeServer(honest) as server:
         run(file, server, "model=other", "max_pairs=1")  # a local endpoint needs no key
         assert all("Authorization" not in headers for _, headers, _ in server.requests)
-    with pytest.raises(SystemExit, match="OPENAI_API_KEY is empty"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY is empty"):
         judge.main([str(file), "base_url=https://judge.example/v1", "model=m", "yes=true"])
-    with pytest.raises(SystemExit, match="user or password"):
+    with pytest.raises(UserError, match="user or password"):
         judge.main([str(file), "base_url=https://me:pw@judge.example/v1", "model=m", "yes=true"])
 
 
@@ -341,11 +335,11 @@ def test_estimate_and_confirmation(file, capsys, monkeypatch):
     with JudgeServer(honest) as server:
         words = [str(file), f"base_url={server.base_url}", "model=stub", "price_in=1000", "price_out=2000"]
         monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit, match="yes=true"):
+        with pytest.raises(UserError, match="yes=true"):
             judge.main(words)
         monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
         monkeypatch.setattr("builtins.input", lambda prompt: "n")
-        with pytest.raises(SystemExit, match="Nothing was sent"):
+        with pytest.raises(UserError, match="Nothing was sent"):
             judge.main(words)
         assert server.requests == []
         monkeypatch.setattr("builtins.input", lambda prompt: "y")
@@ -355,9 +349,7 @@ def test_estimate_and_confirmation(file, capsys, monkeypatch):
     tokens_in = int(printed.split("about ")[1].split(" tokens")[0].replace(",", ""))
     messages = [body["messages"] for body, _, _ in server.requests]
     texts = sum(len(json.dumps(first)) + len(second["content"][-1]["text"]) for first, second in messages)
-    assert tokens_in - 38 * 255 == pytest.approx(
-        texts / 4, rel=0.1
-    )  # 38 of 40 requests show an image of one tile
+    assert tokens_in - 38 * 255 == pytest.approx(texts / 4, rel=0.1)  # 38 of 40 requests show an image of one tile
     assert f"About {(tokens_in * 1000 + 8000 * 2000) / 1e6:.2f} US dollars" in printed
 
 
@@ -383,16 +375,18 @@ def test_own_criteria(file, tmp_path):
 
 
 def test_bad_words_and_files(file):
-    for words, message in (
-        ([], "usage"),
-        ([str(file), "base_url=http://x/v1"], "model="),
-        ([str(file), "base_url=http://x/v1", "model=m", "yess=true"], "Unknown: yess"),
-        ([str(file), "base_url=x", "model=m", "yes=true"], "http"),
-        ([str(file), "base_url=http://x/v1", "model=m", "a=tuned", "b=nobody"], "out of: base, tuned"),
-        ([str(file) + "x", "base_url=http://x/v1", "model=m"], "generate.py"),
+    for words, error, message in (
+        ([], UsageError, "The first word must be the input: generations.jsonl"),
+        ([str(file), "base_url=http://x/v1"], UsageError, "^model= is missing"),
+        ([str(file), "base_url=http://x/v1", "model=m", "yess=true"], UsageError, "Unknown key `yess`.*`yes`"),
+        ([str(file), "base_url=x", "model=m", "yes=true"], UserError, "http"),
+        ([str(file), "base_url=http://x/v1", "model=m", "a=tuned", "b=nobody"], UserError, "out of: base, tuned"),
+        ([str(file) + "x", "base_url=http://x/v1", "model=m"], UsageError, "There is no .*generations.jsonlx"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(error, match=message):
             judge.main(words)
+    with pytest.raises(UserError, match="generate.py"):
+        answer_pairs.read_answer_pairs(file.with_name("nothing.jsonl"), None, None)
 
 
 def test_images_outside_the_folder_are_not_sent(file):

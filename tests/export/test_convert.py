@@ -146,9 +146,7 @@ def test_clip_from_elsewhere(tmp_path, model):
         convert(bare, tmp_path / "out")
     out = convert(bare, tmp_path / "out", vision_tower=tmp_path / "clip")
     tensors = read_tensors(out)
-    assert all(
-        torch.equal(tensors[from_original(n)][: len(t)], t) for n, t in original_tensors(model).items()
-    )
+    assert all(torch.equal(tensors[from_original(n)][: len(t)], t) for n, t in original_tensors(model).items())
 
 
 def test_new_rows_follow_the_published_distribution():
@@ -162,9 +160,7 @@ def test_new_rows_follow_the_published_distribution():
     covariance = 1e-5 * (embedding - mean).T @ (embedding - mean) / 500
     for new in (rows, head):
         torch.testing.assert_close(new.mean(0), mean, rtol=0, atol=5e-4)
-        torch.testing.assert_close(
-            new.T.cov(), covariance, rtol=0.05, atol=0.03 * covariance.diag().max().item()
-        )
+        torch.testing.assert_close(new.T.cov(), covariance, rtol=0.05, atol=0.03 * covariance.diag().max().item())
 
 
 def test_new_rows_in_the_checkpoint(converted):

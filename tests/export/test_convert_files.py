@@ -32,14 +32,23 @@ PUBLISHED = {  # liuhaotian/llava-v1.6-*: what config.json says of the LLM
     "mistral-7b": {"model_type": "llava_mistral", "intermediate_size": 14336, "num_key_value_heads": 8},
     "vicuna-7b": {"model_type": "llava", "intermediate_size": 11008, "num_key_value_heads": 32},
     "vicuna-13b": {
-        "model_type": "llava", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40,
+        "model_type": "llava",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
     },
     "34b": {
-        "model_type": "llava", "hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60,
-        "num_attention_heads": 56, "num_key_value_heads": 8, "vocab_size": 64000,
+        "model_type": "llava",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "vocab_size": 64000,
     },
-}  # fmt: skip
+}
 SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 
 
@@ -65,8 +74,11 @@ def original(tmp_path_factory):
 
 def test_mistral_config_is_that_of_the_published_checkpoint():
     original = published_original("mistral-7b") | {
-        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768, "sliding_window": None,
-    }  # fmt: skip
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+    }
     config = next_config(original, dict(CLIP_L_336), 32000, 32064)
     assert expected_tensors(config) == published_7b()
     for key, value in TABLE["config"].items():
@@ -120,9 +132,7 @@ def test_chat_template_renders_the_conversation(conversation):
     assert template.render(messages=[user, assistant]) == whole
     second = {"role": "user", "content": "Sure?"}
     messages = [{"role": "system", "content": "Be brief."}, user, assistant, second]
-    turns = conversation.render_prompt(
-        "Sure?", has_image=True, system="Be brief.", history=[(question, answer)]
-    )
+    turns = conversation.render_prompt("Sure?", has_image=True, system="Be brief.", history=[(question, answer)])
     assert template.render(messages=messages, add_generation_prompt=True) == turns
 
 

@@ -51,8 +51,19 @@ def refused(monkeypatch, capsys, data, tmp_path):
     def run(*words, model=None, source="rows", out=None, code=1):
         out = out or tmp_path / "out"
         before = sorted(out.parent.rglob("*"))
-        argv = ["--model", model or random_model(), "--method", "gptq", "--data", source, "--out", out,
-                "--dataset-dir", data, *words]  # fmt: skip
+        argv = [
+            "--model",
+            model or random_model(),
+            "--method",
+            "gptq",
+            "--data",
+            source,
+            "--out",
+            out,
+            "--dataset-dir",
+            data,
+            *words,
+        ]
         capsys.readouterr()
         assert exit_code(quantize.main, *argv) == code
         assert sorted(out.parent.rglob("*")) == before
@@ -109,9 +120,7 @@ def test_wrong_data_is_refused(refused, data, tmp_path):
     assert "does not exist" in message(str(tmp_path / "no.parquet"))
     pq.write_table(pa.table({"question": ["q"], "chosen": ["a"]}), tmp_path / "few.parquet")
     assert "no column image, rejected" in message(str(tmp_path / "few.parquet"))
-    broken = [
-        dict(row, image={"bytes": row["image"]["bytes"][:100], "path": None}) for row in photo_rows(2, 1)
-    ]
+    broken = [dict(row, image={"bytes": row["image"]["bytes"][:100], "path": None}) for row in photo_rows(2, 1)]
     write_rows(tmp_path, broken, "broken")
     assert "no usable row" in message(str(tmp_path / "broken.parquet"))
     (tmp_path / "text.parquet").write_text("question,chosen")
@@ -135,9 +144,7 @@ def test_pairs_are_random_distinct_and_usable(tmp_path):
     write_rows(tmp_path, table)
     source = calibration.find_source("rows", tmp_path)
     pairs, passed = calibration.choose_pairs(source, 100, 0.02)
-    good = {
-        (row["question"], row["chosen"], row["rejected"]) for i, row in enumerate(table) if i not in (3, 5)
-    }
+    good = {(row["question"], row["chosen"], row["rejected"]) for i, row in enumerate(table) if i not in (3, 5)}
     assert {(pair["question"], pair["chosen"], pair["rejected"]) for pair in pairs} == good
     assert len(pairs) == len(table) - 2 and sum(passed.values()) == 2
     few, _ = calibration.choose_pairs(source, 4, 0.02)
@@ -186,8 +193,20 @@ def test_no_image_of_the_held_out_part_is_calibrated_on(tmp_path, monkeypatch):
         raise Reached
 
     monkeypatch.setattr(calibration, "embed_pairs", embed_pairs)
-    words = ["--model", random_model(), "--method", "gptq", "--data", "train", "--out", tmp_path / "out",
-             "--dataset-dir", tmp_path, "--group-size", "64"]  # fmt: skip
+    words = [
+        "--model",
+        random_model(),
+        "--method",
+        "gptq",
+        "--data",
+        "train",
+        "--out",
+        tmp_path / "out",
+        "--dataset-dir",
+        tmp_path,
+        "--group-size",
+        "64",
+    ]
     for more in (["--heldout-fraction", "0.5"], []):
         with pytest.raises(Reached):
             quantize.main([str(word) for word in [*words, *more]])
@@ -205,9 +224,7 @@ def test_samples_are_what_the_language_model_reads_of_prompt_image_and_chosen():
         (sample,) = calibration.embed_pairs(model, processor, conversation, [pair], torch.device("cpu"))
         ours = model.lm_head(model.model.language_model(**sample).last_hidden_state)
         content = [{"type": "image"}, {"type": "text", "text": pair["question"]}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         picture = images.decode_rgb(pair["image"])
         inputs = processor(text=f"{prompt} {pair['chosen']}</s>", images=[picture], return_tensors="pt")
         theirs = model(**inputs).logits
@@ -267,9 +284,7 @@ def unpacked(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_quantized_model_loads_in_plain_transformers_and_generates(
-    method, quantize_command, data, tmp_path
-):
+def test_a_quantized_model_loads_in_plain_transformers_and_generates(method, quantize_command, data, tmp_path):
     base, out = tmp_path / "base", tmp_path / method
     write(WIDE, base)
     words = [
@@ -295,11 +310,7 @@ def test_a_quantized_model_loads_in_plain_transformers_and_generates(
     layers = [name.removesuffix(".weight") for name in before if is_quantized(name)]
     assert len(layers) == 14
     same = before.keys() - {f"{layer}.weight" for layer in layers}
-    rescaled = (
-        {name for name in same if "layernorm" in name and "language_model" in name}
-        if method == "awq"
-        else set()
-    )
+    rescaled = {name for name in same if "layernorm" in name and "language_model" in name} if method == "awq" else set()
     for name in same - rescaled:
         assert torch.equal(before[name], after[name]), name
     assert {name.rpartition(".")[0] for name in after.keys() - same} == set(layers)

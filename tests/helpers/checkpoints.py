@@ -51,9 +51,7 @@ def write_base(folder: Path, model) -> Path:
 def logits(model) -> torch.Tensor:
     """fp32 logits of one image followed by text, (tokens, vocabulary)."""
     image = make_image(50, 31, seed=1)
-    inputs = {
-        key: x.to(model.dtype) if x.is_floating_point() else x for key, x in image_inputs([image]).items()
-    }
+    inputs = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in image_inputs([image]).items()}
     ids = [1, 20] + [IMAGE_TOKEN] * num_image_tokens(model, image) + list(range(30, 60))
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([ids]), **inputs, use_cache=False).logits[0].float()

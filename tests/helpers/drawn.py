@@ -1,5 +1,8 @@
-"""Hypothesis profiles. `repeatable` draws the same examples every time: scripts/test.sh and CI. `explore` draws new ones,
-ten times as many, and prints how to repeat a failure: scripts/explore.sh."""
+"""Hypothesis profiles.
+
+`repeatable` draws the same examples every time: scripts/test.sh and CI. `explore` draws new ones, ten times as many,
+and prints how to repeat a failure: scripts/explore.sh.
+"""
 
 from __future__ import annotations
 

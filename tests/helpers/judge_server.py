@@ -12,14 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Reply:
     """status, body text, extra headers; `delay` seconds before anything is sent."""
 
-    def __init__(
-        self, text: str = "", status: int = 200, headers: dict | None = None, delay: float = 0.0, raw=None
-    ):
-        body = {"choices": [{"message": {"role": "assistant", "content": text}}],
-                "usage": {"prompt_tokens": 10, "completion_tokens": 2}}  # fmt: skip
-        self.body = (
-            raw if raw is not None else json.dumps(body if status == 200 else {"error": {"message": text}})
-        )
+    def __init__(self, text: str = "", status: int = 200, headers: dict | None = None, delay: float = 0.0, raw=None):
+        body = {
+            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 2},
+        }
+        self.body = raw if raw is not None else json.dumps(body if status == 200 else {"error": {"message": text}})
         self.status, self.headers, self.delay = status, headers or {}, delay
 
 
@@ -40,11 +38,7 @@ class JudgeServer:
                     number = len(outer.requests)
                     outer.at_once += 1
                     outer.most_at_once = max(outer.most_at_once, outer.at_once)
-                reply = (
-                    behave(body, number)
-                    if self.path == "/v1/chat/completions"
-                    else Reply("no such path", 404)
-                )
+                reply = behave(body, number) if self.path == "/v1/chat/completions" else Reply("no such path", 404)
                 time.sleep(reply.delay)
                 with lock:
                     outer.at_once -= 1
@@ -79,7 +73,5 @@ def shown(request: dict) -> tuple[str, str, str, str | None]:
     """(question, first answer, second answer, image data URL) in a judge's request."""
     content = request["messages"][1]["content"]
     text = content[-1]["text"]
-    parts = [
-        text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] for tag in ("question", "answer_a", "answer_b")
-    ]
+    parts = [text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0] for tag in ("question", "answer_a", "answer_b")]
     return (*parts, content[0]["image_url"]["url"] if content[0]["type"] == "image_url" else None)

@@ -21,9 +21,7 @@ SIDE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
-def tiny_llava(
-    seed=0, sliding_window=None, dtype=torch.float32, attn_implementation="sdpa", scale=4.0, **text
-):
+def tiny_llava(seed=0, sliding_window=None, dtype=torch.float32, attn_implementation="sdpa", scale=4.0, **text):
     text_config = MistralConfig(
         vocab_size=320,
         hidden_size=64,
@@ -97,7 +95,7 @@ def make_example(model, image, questions, responses, seed, shared_question=0):
 
     head = words(3) + ([IMAGE_TOKEN] * num_image_tokens(model, image) if image is not None else [])
     head += words(shared_question)
-    pairs = [TokenPair(head + words(q), words(c), words(r)) for q, (c, r) in zip(questions, responses)]
+    pairs = [TokenPair(head + words(q), words(c), words(r)) for q, (c, r) in zip(questions, responses, strict=True)]
     return SimpleNamespace(image=image, pairs=pairs)
 
 
@@ -113,9 +111,7 @@ def plain_logps(model, examples, text_model=None):
         for pair in example.pairs:
             for answer, into in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
                 ids = torch.tensor([list(pair.prompt_ids) + list(answer)])
-                logits = model(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), **images, use_cache=False
-                ).logits
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, use_cache=False).logits
                 logps = logits[0, len(pair.prompt_ids) - 1 : -1].float().log_softmax(-1)
                 into.append(logps.gather(-1, ids[0, len(pair.prompt_ids) :, None]).sum())
     return torch.stack(chosen + rejected)
@@ -134,4 +130,4 @@ def padded_logps(model, examples):
     logits = model(input_ids=ids, attention_mask=mask, **images, use_cache=False).logits
     logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     starts = [len(p.prompt_ids) for _, p in pairs] * 2
-    return torch.stack([logp[s - 1 : len(row) - 1].sum() for logp, row, s in zip(logps, rows, starts)])
+    return torch.stack([logp[s - 1 : len(row) - 1].sum() for logp, row, s in zip(logps, rows, starts, strict=True)])

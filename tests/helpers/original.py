@@ -123,7 +123,5 @@ def write_original(folder: Path, model, kind="mistral", shards=3, bins=False, to
         part = {name: tensors[name] for name in names[number::shards]}
         weight_map |= dict.fromkeys(part, file)
         torch.save(part, folder / file) if bins else save_file(part, folder / file, metadata={"format": "pt"})
-    (folder / f"{stem}.{suffix}.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder

@@ -19,19 +19,82 @@ ARTWORK_QUESTION = "Is this artwork created by linard, jacques? Please answer ye
 ARTWORK_NUM_IDS, ARTWORK_NUM_IMAGE_TOKENS = 2369, 2340
 ARTWORK_BEFORE_IMAGE = [1, 733, 16289, 28793, 28705]
 ARTWORK_AFTER_IMAGE = [
-    28705, 13, 2301, 456, 27261, 3859, 486, 12893, 488, 28725, 461, 323, 5958, 28804, 5919, 4372, 5081, 442, 708, 28723,
-    733, 28748, 16289, 28793,
-]  # fmt: skip
+    28705,
+    13,
+    2301,
+    456,
+    27261,
+    3859,
+    486,
+    12893,
+    488,
+    28725,
+    461,
+    323,
+    5958,
+    28804,
+    5919,
+    4372,
+    5081,
+    442,
+    708,
+    28723,
+    733,
+    28748,
+    16289,
+    28793,
+]
 # What the checkpoint answered, greedily. It ends as LLaVA's training did, with a space before </s>.
 ARTWORK_ANSWER = (
-    "No, the artwork is not created by Jacques-Louis David. The painting you've shown is \"Still Life with Fruit\" by "
+    'No, the artwork is not created by Jacques-Louis David. The painting you\'ve shown is "Still Life with Fruit" by '
     "Willem Kalf, a Dutch still life painter."
 )
 ARTWORK_ANSWER_IDS = [
-    1770, 28725, 272, 27261, 349, 459, 3859, 486, 19355, 28733, 24618, 278, 4417, 28723, 415, 11514, 368, 28742, 333,
-    4894, 349, 345, 718, 425, 5372, 395, 401, 6424, 28739, 486, 394, 2457, 28719, 524, 2121, 28725, 264, 14738, 1309,
-    1411, 24372, 28723, 28705, 2,
-]  # fmt: skip
+    1770,
+    28725,
+    272,
+    27261,
+    349,
+    459,
+    3859,
+    486,
+    19355,
+    28733,
+    24618,
+    278,
+    4417,
+    28723,
+    415,
+    11514,
+    368,
+    28742,
+    333,
+    4894,
+    349,
+    345,
+    718,
+    425,
+    5372,
+    395,
+    401,
+    6424,
+    28739,
+    486,
+    394,
+    2457,
+    28719,
+    524,
+    2121,
+    28725,
+    264,
+    14738,
+    1309,
+    1411,
+    24372,
+    28723,
+    28705,
+    2,
+]
 
 RADAR_URL = (
     "https://github.com/haotian-liu/LLaVA/blob/1a91fc274d7c35a9b50b3cb29c4247ae5837ce39/images/llava_v1_5_radar.jpg"

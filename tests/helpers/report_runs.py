@@ -87,8 +87,10 @@ def write_training(folder: Path, steps: int = 200) -> None:
 def write_history(folder: Path, n: int = 160, steps: int = 200) -> None:
     for step in range(0, steps + 1, 25):
         gain = 0.02 + 0.45 * step / steps
-        conditions = [make_pairs(n, g, seed, c) for g, seed, c in
-                      ((gain, step, "true"), (0.0, step + 1, "grey"), (0.02, step + 2, "other"))]  # fmt: skip
+        conditions = [
+            make_pairs(n, g, seed, c)
+            for g, seed, c in ((gain, step, "true"), (0.0, step + 1, "grey"), (0.02, step + 2, "other"))
+        ]
         entry = {
             "step": step,
             "epoch": step / 100,

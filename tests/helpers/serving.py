@@ -47,9 +47,13 @@ def random_adapter(base: Path, folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj", "linear_1"], init_lora_weights=False,
-        exclude_modules=r".*vision_tower.*", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj", "linear_1"],
+        init_lora_weights=False,
+        exclude_modules=r".*vision_tower.*",
+        task_type="CAUSAL_LM",
+    )
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     get_peft_model(model, config).save_pretrained(folder)
     return folder

@@ -30,9 +30,13 @@ class Ended(NamedTuple):
 def run(words: list, folder: Path, **environment: str) -> Ended:
     """Runs `words` in `folder`, without a GPU; `cpu` is the user and system time of the process tree."""
     child = subprocess.Popen(
-        [str(word) for word in words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [str(word) for word in words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-    )  # fmt: skip
+    )
     out, err = child.stdout.read(), child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -42,10 +46,19 @@ def run(words: list, folder: Path, **environment: str) -> Ended:
 
 
 RECIPE = {
-    "plugins": "llava_orpo", "model_name_or_path": "./model", "stage": "dpo", "do_train": True, "pref_loss": "orpo",
-    "dataset_dir": "data", "dataset": "rows", "eval_dataset": "heldout", "template": "llava_v16_mistral",
-    "output_dir": "out", "learning_rate": 1e-5, "eval_strategy": "steps",
-}  # fmt: skip
+    "plugins": "llava_orpo",
+    "model_name_or_path": "./model",
+    "stage": "dpo",
+    "do_train": True,
+    "pref_loss": "orpo",
+    "dataset_dir": "data",
+    "dataset": "rows",
+    "eval_dataset": "heldout",
+    "template": "llava_v16_mistral",
+    "output_dir": "out",
+    "learning_rate": 1e-5,
+    "eval_strategy": "steps",
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,68 +102,107 @@ REFUSED = [
     ("train twice.yaml", ["twice.yaml, line 3: found duplicate key seed."]),
     ("train list.yaml", ["list.yaml is not a recipe: it must be a mapping, one `key: value` per line."]),
     ("train", ["`train` needs a recipe: llamafactory-cli train recipe.yaml key=value …"]),
-    ("train good.yaml seed={", [
-        "seed={ cannot be read: the value is neither a word nor YAML; quote it."]),
+    ("train good.yaml seed={", ["seed={ cannot be read: the value is neither a word nor YAML; quote it."]),
     # keys
     ("train good.yaml learning_rat=1", ["Unknown key `learning_rat` (did you mean `learning_rate`?)."]),
     ("train good.yaml shared_prefx=true", ["Unknown key `shared_prefx` (did you mean `shared_prefix`?)."]),
     ("train good.yaml --learning_rate=1e-4", ["Unknown key `--learning_rate` (did you mean `learning_rate`?)."]),
     ("train good.yaml learning_rate", ["Overrides are written key=value; got learning_rate."]),
-    ("train good.yaml plugins=lava_orpo", [
-        "plugins: 'lava_orpo' is not allowed; did you mean `plugins: llava_orpo`? It must be llava_orpo."]),
+    (
+        "train good.yaml plugins=lava_orpo",
+        ["plugins: 'lava_orpo' is not allowed; did you mean `plugins: llava_orpo`? It must be llava_orpo."],
+    ),
     ("train plugin.yaml", ["Unknown key `plugin` (did you mean `plugins`?)."]),
     ("train forgotten.yaml", ["`shared_prefix` is a key of the plugin: add `plugins: llava_orpo` to the recipe."]),
-    ("chat chat.yaml learning_rate=1", [
-        "`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."]),
+    (
+        "chat chat.yaml learning_rate=1",
+        ["`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."],
+    ),
     ("export chat.yaml", ["export_dir is missing."]),
     # values
     ("train good.yaml grounding_eval=flase", ["grounding_eval: 'flase' is not allowed; it must be true or false."]),
-    ("train good.yaml eval_examples=many", [
-        "eval_examples: 'many' is not allowed; it must be a whole number, 0 or more."]),
-    ("train good.yaml max_pairs_per_image=2.5", [
-        "max_pairs_per_image: 2.5 is not allowed; it must be a whole number, 1 or more."]),
-    ("train good.yaml eval_min_subset=-3", [
-        "eval_min_subset: -3 is not allowed; it must be a whole number, 1 or more."]),
+    (
+        "train good.yaml eval_examples=many",
+        ["eval_examples: 'many' is not allowed; it must be a whole number, 0 or more."],
+    ),
+    (
+        "train good.yaml max_pairs_per_image=2.5",
+        ["max_pairs_per_image: 2.5 is not allowed; it must be a whole number, 1 or more."],
+    ),
+    (
+        "train good.yaml eval_min_subset=-3",
+        ["eval_min_subset: -3 is not allowed; it must be a whole number, 1 or more."],
+    ),
     ("train good.yaml learning_rate=-1", ["learning_rate: -1 is not allowed; it must be a number, 0 or more."]),
-    ("train good.yaml pref_loss=orpoo", [
-        "pref_loss: 'orpoo' is not allowed; did you mean `pref_loss: orpo`? "
-        "It must be sigmoid, hinge, ipo, kto_pair, orpo or simpo."]),
-    ("train good.yaml template=llava_v16_mistrl", [
-        "template: 'llava_v16_mistrl' is not allowed; did you mean `template: llava_v16_mistral`?"]),
+    (
+        "train good.yaml pref_loss=orpoo",
+        [
+            "pref_loss: 'orpoo' is not allowed; did you mean `pref_loss: orpo`? "
+            "It must be sigmoid, hinge, ipo, kto_pair, orpo or simpo."
+        ],
+    ),
+    (
+        "train good.yaml template=llava_v16_mistrl",
+        ["template: 'llava_v16_mistrl' is not allowed; did you mean `template: llava_v16_mistral`?"],
+    ),
     ("train good.yaml eval_strategy=yes", ["eval_strategy: true is not allowed; it must be no, steps or epoch."]),
     # datasets, files and folders
     ("train good.yaml dataset=row", ["dataset: row is not registered in data/dataset_info.json; did you mean `rows`?"]),
-    ("train good.yaml eval_dataset=rows,xyz", [
-        "eval_dataset: xyz is not registered in data/dataset_info.json; it names gone, heldout, rows."]),
-    ("train good.yaml dataset=gone", [
-        "dataset: data/gone.json, the data of gone, does not exist (registered in data/dataset_info.json)."]),
-    ("train good.yaml dataset_dir=dat eval_dataset=null", [
-        "dataset_dir: there is no dat/dataset_info.json, in which datasets are registered."]),
-    ("train good.yaml dataset_dir=cut eval_dataset=null", [
-        "cut/dataset_info.json is not JSON: Expecting value: line 1 column 10 (char 9)."]),
+    (
+        "train good.yaml eval_dataset=rows,xyz",
+        ["eval_dataset: xyz is not registered in data/dataset_info.json; it names gone, heldout, rows."],
+    ),
+    (
+        "train good.yaml dataset=gone",
+        ["dataset: data/gone.json, the data of gone, does not exist (registered in data/dataset_info.json)."],
+    ),
+    (
+        "train good.yaml dataset_dir=dat eval_dataset=null",
+        ["dataset_dir: there is no dat/dataset_info.json, in which datasets are registered."],
+    ),
+    (
+        "train good.yaml dataset_dir=cut eval_dataset=null",
+        ["cut/dataset_info.json is not JSON: Expecting value: line 1 column 10 (char 9)."],
+    ),
     ("chat chat.yaml model_name_or_path=outputs/merged", ["model_name_or_path: there is no folder outputs/merged."]),
-    ("chat chat.yaml model_name_or_path=./empty", [
-        "model_name_or_path: ./empty holds no config.json, so it is not a model folder."]),
-    ("chat chat.yaml model_name_or_path=adapter", [
-        "model_name_or_path: adapter holds an adapter; name it with adapter_name_or_path and its base model with "
-        "model_name_or_path."]),
+    (
+        "chat chat.yaml model_name_or_path=./empty",
+        ["model_name_or_path: ./empty holds no config.json, so it is not a model folder."],
+    ),
+    (
+        "chat chat.yaml model_name_or_path=adapter",
+        [
+            "model_name_or_path: adapter holds an adapter; name it with adapter_name_or_path and its base model with "
+            "model_name_or_path."
+        ],
+    ),
     ("api chat.yaml adapter_name_or_path=outputs/orpo", ["adapter_name_or_path: there is no folder outputs/orpo."]),
-    ("api chat.yaml adapter_name_or_path=./model", [
-        "adapter_name_or_path: ./model holds no adapter_config.json, so it is not an adapter; name a whole model with "
-        "model_name_or_path."]),
+    (
+        "api chat.yaml adapter_name_or_path=./model",
+        [
+            "adapter_name_or_path: ./model holds no adapter_config.json, so it is not an adapter; name a whole model "
+            "with model_name_or_path."
+        ],
+    ),
     ("train good.yaml deepspeed=zero9.json", ["deepspeed: there is no file zero9.json."]),
-    ("train good.yaml resume_from_checkpoint=out/checkpoint-9", [
-        "resume_from_checkpoint: there is no folder out/checkpoint-9."]),
+    (
+        "train good.yaml resume_from_checkpoint=out/checkpoint-9",
+        ["resume_from_checkpoint: there is no folder out/checkpoint-9."],
+    ),
     ("train good.yaml media_dir=images", ["media_dir: there is no folder images."]),
     # precision
     ("train good.yaml bf16=true", ["bf16: true needs a GPU, and this machine has none; set `bf16: false`."]),
     ("train good.yaml fp16=true", ["fp16: true needs a GPU, and this machine has none; set `fp16: false`."]),
     # all at once
-    ("train good.yaml learning_rat=1 dataset=row seed=x", [
-        "Unknown key `learning_rat` (did you mean `learning_rate`?).",
-        "seed: 'x' is not allowed; it must be a whole number.",
-        "dataset: row is not registered in data/dataset_info.json; did you mean `rows`?"]),
-]  # fmt: skip
+    (
+        "train good.yaml learning_rat=1 dataset=row seed=x",
+        [
+            "Unknown key `learning_rat` (did you mean `learning_rate`?).",
+            "seed: 'x' is not allowed; it must be a whole number.",
+            "dataset: row is not registered in data/dataset_info.json; did you mean `rows`?",
+        ],
+    ),
+]
 
 
 @pytest.mark.parametrize("line, problems", REFUSED, ids=[line for line, _ in REFUSED])
@@ -201,13 +253,29 @@ COMMANDS = [
     *(([name, "README.md", "modle=x"], 2, "error: Unknown key `modle`") for name in WITH_FILE),
     *(([name, "--nope"], 2, "error: ") for name in WITH_FLAGS),
     (["evals/preference.py", TINY, "agianst=base"], 2, "error: Unknown key `agianst` (did you mean `against`?)."),
-    (["evals/preference.py", TINY, "model_name_or_path=./no"], 2, "error: model_name_or_path: there is no folder ./no."),
+    (
+        ["evals/preference.py", TINY, "model_name_or_path=./no"],
+        2,
+        "error: model_name_or_path: there is no folder ./no.",
+    ),
     (["evals/preference.py", TINY, "eval_dataset=demo_heldot"], 2, "did you mean `demo_heldout`?"),
-    (["evals/generate.py", TINY, "max_prompts=many"], 2, "error: max_prompts: 'many' is not allowed; it must be a whole"),
+    (
+        ["evals/generate.py", TINY, "max_prompts=many"],
+        2,
+        "error: max_prompts: 'many' is not allowed; it must be a whole",
+    ),
     (["evals/judge.py", "README.md"], 2, "error: base_url= is missing"),
     (["scripts/demo.py", TINY], 2, "error: aligned= is missing"),
-    (["scripts/model_card.py", TINY, "folder=docs"], 2, "error: docs holds neither a model (config.json) nor an adapter"),
-    (["scripts/quantize.py", "--method", "gptq", "--model", "no", "--data", "x", "--out", "y"], 2, "error: no is not a"),
+    (
+        ["scripts/model_card.py", TINY, "folder=docs"],
+        2,
+        "error: docs holds neither a model (config.json) nor an adapter",
+    ),
+    (
+        ["scripts/quantize.py", "--method", "gptq", "--model", "no", "--data", "x", "--out", "y"],
+        2,
+        "error: no is not a",
+    ),
     (["scripts/convert_llava_checkpoint.py", "no", "out"], 2, "error: no is not a folder"),
     (["scripts/ask.py", "no"], 2, "error: give --question"),
 ]
@@ -275,15 +343,21 @@ def test_only_the_command_itself_checks_early(monkeypatch, argv, rank, runs):
     "capabilities, key, line",
     [
         ([(9, 0)], "bf16", None),
-        ([(9, 0), (7, 5)], "bf16",
-         "bf16: true needs a GPU of compute capability 8.0, this one has 7.5; set `bf16: false` and `fp16: true`."),
-        ([(7, 5)], "pure_bf16",
-         "pure_bf16: true needs a GPU of compute capability 8.0, this one has 7.5; set `pure_bf16: false`."),
+        (
+            [(9, 0), (7, 5)],
+            "bf16",
+            "bf16: true needs a GPU of compute capability 8.0, this one has 7.5; set `bf16: false` and `fp16: true`.",
+        ),
+        (
+            [(7, 5)],
+            "pure_bf16",
+            "pure_bf16: true needs a GPU of compute capability 8.0, this one has 7.5; set `pure_bf16: false`.",
+        ),
         ([(7, 5)], "fp16", None),
         ([], "fp16", "fp16: true needs a GPU, and this machine has none; set `fp16: false`."),
         (None, "bf16", None),  # the driver does not say
     ],
-)  # fmt: skip
+)
 def test_precision_is_that_of_the_gpu(monkeypatch, capabilities, key, line):
     monkeypatch.setattr(accelerator, "only_nvidia", lambda: True)
     monkeypatch.setattr(accelerator, "compute_capabilities", lambda: capabilities)
@@ -348,10 +422,16 @@ def test_no_nvml(monkeypatch):
 @pytest.mark.parametrize(
     "name, local",
     [
-        ("llava-hf/llava-v1.6-mistral-7b-hf", False), ("gpt2", False), ("/models/llava", True), ("./model", True),
-        ("../model", True), ("a/b/c", True), ("outputs/merged", True), ("tests/model", True),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", False),
+        ("gpt2", False),
+        ("/models/llava", True),
+        ("./model", True),
+        ("../model", True),
+        ("a/b/c", True),
+        ("outputs/merged", True),
+        ("tests/model", True),
     ],
-)  # fmt: skip
+)
 def test_hub_ids_and_folders_are_told_apart(monkeypatch, name, local):
     monkeypatch.chdir(ROOT)
     assert precheck.looks_local(name) is local

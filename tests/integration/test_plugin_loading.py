@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -57,6 +58,33 @@ def test_recipe_activates_and_plain_recipe_deactivates(tmp_path):
     assert swapped() == []
     with pytest.raises(RuntimeError, match="not active"):
         run.current()
+
+
+@pytest.mark.parametrize("end", ["a plain recipe", "deactivate", "another recipe with the plugin"])
+@pytest.mark.parametrize("set_before", [{}, {"API_HOST": "0.0.0.0"}, {"WANDB_PROJECT": "mine"}])
+def test_environment_variables_are_put_back(tmp_path, monkeypatch, set_before, end):
+    """What a recipe sets ends with it; what the user has set stays, during the recipe and after it."""
+    for name in ("API_HOST", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch takes off again what a failing test leaves
+        monkeypatch.delenv(name)
+    for name, value in set_before.items():
+        monkeypatch.setenv(name, value)
+
+    def variables() -> dict[str, str]:
+        return {name: os.environ[name] for name in ("API_HOST", "WANDB_PROJECT") if name in os.environ}
+
+    get_train_args(recipe(tmp_path, {"project": "demo", "report_to": "none"}))
+    assert variables() == {"API_HOST": "127.0.0.1", "WANDB_PROJECT": "demo", **set_before}
+    if end == "deactivate":
+        run.deactivate()
+    elif end == "a plain recipe":
+        plain = {key: value for key, value in recipe(tmp_path, {}).items() if key not in PLUGIN_KEYS}
+        get_train_args({**plain, "template": "llava_next_mistral"})
+    else:  # its own project takes the first one's place
+        get_train_args(recipe(tmp_path, {"project": "next"}))
+        assert variables() == {"API_HOST": "127.0.0.1", "WANDB_PROJECT": "next", **set_before}
+        run.deactivate()
+    assert variables() == set_before
 
 
 def test_inference_commands_take_the_plugin_too():

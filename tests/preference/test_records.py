@@ -15,10 +15,18 @@ from llava_orpo.preference import records
 from llava_orpo.preference.records import ScoredPair
 
 PAIR = ScoredPair(
-    pair_id="p", dataset="demo", subset="coco/question answering", source="coco", question_type="question answering",
-    image_hash="image of p", image_condition="true", chosen_logp=-1.0, rejected_logp=-2.0, chosen_tokens=1,
+    pair_id="p",
+    dataset="demo",
+    subset="coco/question answering",
+    source="coco",
+    question_type="question answering",
+    image_hash="image of p",
+    image_condition="true",
+    chosen_logp=-1.0,
+    rejected_logp=-2.0,
+    chosen_tokens=1,
     rejected_tokens=1,
-)  # fmt: skip
+)
 
 
 def test_the_fields_of_a_line_are_those_of_the_pair_and_correct():

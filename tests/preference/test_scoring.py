@@ -20,20 +20,32 @@ COLUMNS = ("image", "num_image_tokens", "width", "height")
 def pair(number: int, source: str = "a", kind: str = "x", correct: bool = True) -> ScoredPair:
     logps = (-4.0, -8.0) if correct else (-8.0, -4.0)
     return ScoredPair(
-        pair_id=str(number), dataset="d", source=source, question_type=kind, subset=f"{source}/{kind}",
-        image_hash=f"h{number}", image_condition="true", chosen_logp=logps[0], rejected_logp=logps[1],
-        chosen_tokens=4, rejected_tokens=4,
-    )  # fmt: skip
+        pair_id=str(number),
+        dataset="d",
+        source=source,
+        question_type=kind,
+        subset=f"{source}/{kind}",
+        image_hash=f"h{number}",
+        image_condition="true",
+        chosen_logp=logps[0],
+        rejected_logp=logps[1],
+        chosen_tokens=4,
+        rejected_tokens=4,
+    )
 
 
 def row(image_hash: str, number: int) -> dict:
     """A tokenized row as far as the image goes; every number of it differs from every other row's."""
     image = f"{number}.jpg" if image_hash else None
     return {
-        "pair_id": f"p{number}", "image_hash": image_hash, "image": image, "prompt_ids": [1, number],
-        "num_image_tokens": 100 + number if image else 0, "width": 10 + number if image else 0,
+        "pair_id": f"p{number}",
+        "image_hash": image_hash,
+        "image": image,
+        "prompt_ids": [1, number],
+        "num_image_tokens": 100 + number if image else 0,
+        "width": 10 + number if image else 0,
         "height": 20 + number if image else 0,
-    }  # fmt: skip
+    }
 
 
 def rows(*hashes: str) -> datasets.Dataset:
@@ -53,10 +65,15 @@ def test_flat_metrics_gives_each_subset_its_accuracy_and_count():
     pairs = [pair(0, "a"), pair(1, "a", correct=False), pair(2, "b"), pair(3, "b"), pair(4, "b", correct=False)]
     flat = writing.flat_metrics(metrics.summarize(pairs, beta=0.1, min_subset=1), "eval")
     assert {key: value for key, value in flat.items() if key.startswith("eval_subset/")} == {
-        "eval_subset/a/accuracy": 1 / 2, "eval_subset/a/n": 2, "eval_subset/b/accuracy": 2 / 3, "eval_subset/b/n": 3,
-        "eval_subset/a/x/accuracy": 1 / 2, "eval_subset/a/x/n": 2, "eval_subset/b/x/accuracy": 2 / 3,
+        "eval_subset/a/accuracy": 1 / 2,
+        "eval_subset/a/n": 2,
+        "eval_subset/b/accuracy": 2 / 3,
+        "eval_subset/b/n": 3,
+        "eval_subset/a/x/accuracy": 1 / 2,
+        "eval_subset/a/x/n": 2,
+        "eval_subset/b/x/accuracy": 2 / 3,
         "eval_subset/b/x/n": 3,
-    }  # fmt: skip  # question_type has one group, x: the whole set
+    }  # question_type has one group, x: the whole set
 
 
 @pytest.mark.parametrize("min_subset, names", [(1, {"a", "b", "a/x", "b/x"}), (2, set()), (3, set())])
@@ -136,13 +153,17 @@ def evaluate(hashes: str, broken: str, conditions=CONDITIONS, batch_size: int = 
     """An evaluation of one row per image; the images in `broken` cannot be decoded. Rows are right, then wrong, ..."""
     whole = datasets.Dataset.from_list(
         [
-            row(image_hash, i) | {
-                "dataset": "d", "source": "a", "question_type": "x",
-                "chosen_ids": [1, 2], "rejected_ids": [3, 4, 5],
+            row(image_hash, i)
+            | {
+                "dataset": "d",
+                "source": "a",
+                "question_type": "x",
+                "chosen_ids": [1, 2],
+                "rejected_ids": [3, 4, 5],
             }
             for i, image_hash in enumerate(hashes)
         ]
-    )  # fmt: skip
+    )
     bad = {f"{i}.jpg" for i, image_hash in enumerate(hashes) if image_hash in broken}
 
     def collate(rows: list[dict]) -> dict:

@@ -17,15 +17,25 @@ def scored(margins: list[float]) -> list[ScoredRow]:
     """Rows with these margins, in this order."""
     return [
         ScoredRow(
-            i, f"p{i}", "d",
+            i,
+            f"p{i}",
+            "d",
             ScoredPair(
-                pair_id=f"p{i}", dataset="d", source="a", question_type="x", subset="a/x", image_hash=f"h{i}",
-                image_condition="true", chosen_logp=margin - 50.0, rejected_logp=-50.0, chosen_tokens=1,
+                pair_id=f"p{i}",
+                dataset="d",
+                source="a",
+                question_type="x",
+                subset="a/x",
+                image_hash=f"h{i}",
+                image_condition="true",
+                chosen_logp=margin - 50.0,
+                rejected_logp=-50.0,
+                chosen_tokens=1,
                 rejected_tokens=1,
             ),
         )
         for i, margin in enumerate(margins)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,10 +81,14 @@ def evaluated() -> tuple[Rows, writing.Evaluation]:
         Image.new("RGB", (2 + i, 3), (i, 0, 0)).save(data, "BMP")
         rows.append(
             {
-                "dataset": "d" if i else "b", "question": f"q{i}", "chosen_ids": [i, 7, 0], "rejected_ids": [8, 0],
-                "image": None if i == 1 else data.getvalue(), "image_hash": image_hash,
+                "dataset": "d" if i else "b",
+                "question": f"q{i}",
+                "chosen_ids": [i, 7, 0],
+                "rejected_ids": [8, 0],
+                "image": None if i == 1 else data.getvalue(),
+                "image_hash": image_hash,
             }
-        )  # fmt: skip
+        )
     own = scored([3.0, 1.0, 2.0, -1.0])
     return rows, writing.Evaluation.of(rows, {"true": (own, []), "grey": (own[:2], [])}, beta=0.1, min_subset=1)
 
@@ -84,9 +98,14 @@ def test_an_evaluation_is_pairs_a_history_and_examples_with_their_images(tmp_pat
     folder = tmp_path / "new" / "folder"
     examples = writing.write_evaluation(folder, rows, evaluation, Words(), 4, step=20, epoch=0.5)
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "preference_pairs.jsonl", "preference_pairs_grey.jsonl", "preference_eval.json", "preference_examples.jsonl",
-        "images/h0.png", "images/row-2.png", "images/row-3.png",
-    }  # fmt: skip
+        "preference_pairs.jsonl",
+        "preference_pairs_grey.jsonl",
+        "preference_eval.json",
+        "preference_examples.jsonl",
+        "images/h0.png",
+        "images/row-2.png",
+        "images/row-3.png",
+    }
     assert read_pairs(folder / "preference_pairs.jsonl") == evaluation.pairs
     assert [pair.pair_id for pair in read_pairs(folder / "preference_pairs_grey.jsonl")] == ["p0", "p1"]
     [entry] = read_history(folder / "preference_eval.json")
@@ -95,11 +114,17 @@ def test_an_evaluation_is_pairs_a_history_and_examples_with_their_images(tmp_pat
     lines = (folder / "preference_examples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == examples
     assert [(one["pair_id"], one["question"], one["chosen"], one["rejected"]) for one in examples] == [
-        ("p3", "q3", "3 7", "8"), ("p1", "q1", "1 7", "8"), ("p2", "q2", "2 7", "8"), ("p0", "q0", "7", "8"),
-    ]  # fmt: skip
+        ("p3", "q3", "3 7", "8"),
+        ("p1", "q1", "1 7", "8"),
+        ("p2", "q2", "2 7", "8"),
+        ("p0", "q0", "7", "8"),
+    ]
     assert [one["image"] and one["image"]["path"] for one in examples] == [
-        "images/row-3.png", None, "images/row-2.png", "images/h0.png",
-    ]  # fmt: skip
+        "images/row-3.png",
+        None,
+        "images/row-2.png",
+        "images/h0.png",
+    ]
     with Image.open(folder / "images" / "row-3.png") as picture:
         assert (picture.format, picture.size, picture.getpixel((0, 0))) == ("PNG", (5, 3), (3, 0, 0))
 
@@ -118,7 +143,9 @@ def test_one_of_several_sets_adds_its_pairs_and_no_examples(tmp_path):
     rows, evaluation = evaluated()
     assert writing.write_evaluation(tmp_path, rows, evaluation, Words(), 4, step=1, epoch=0.1, suffix="_b") == []
     assert {path.name for path in tmp_path.iterdir()} == {
-        "preference_pairs_b.jsonl", "preference_pairs_b_grey.jsonl", "preference_eval.json",
-    }  # fmt: skip
+        "preference_pairs_b.jsonl",
+        "preference_pairs_b_grey.jsonl",
+        "preference_eval.json",
+    }
     assert writing.write_evaluation(tmp_path / "c", rows, evaluation, Words(), 0, step=1, epoch=0.1) == []
     assert not (tmp_path / "c" / "preference_examples.jsonl").exists()

@@ -88,7 +88,8 @@ WRONG = [
     ("heldout_fraction", 1.5, "heldout_fraction: 1.5 is not allowed; it must be a number, more than 0, less than 1."),
     ("verify_images", False, "verify_images: false is not allowed; it must be header or full."),
     (
-        "attention_backend", "flx",
+        "attention_backend",
+        "flx",
         "attention_backend: 'flx' is not allowed; did you mean `attention_backend: flex`? "
         "It must be auto, sdpa or flex.",
     ),
@@ -96,7 +97,7 @@ WRONG = [
     ("dataset_filter", "not json", "dataset_filter: 'not json' is neither a YAML mapping nor JSON"),
     ("dataset_filter", "[1]", "dataset_filter must map columns to values"),
     ("shared_prefx", True, "Unknown key `shared_prefx` (did you mean `shared_prefix`?)."),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("key, value, line", WRONG)

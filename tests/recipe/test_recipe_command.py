@@ -54,12 +54,21 @@ def test_recipe_own_keys_and_what_was_given():
     command = read("r.yaml against=base cutoff_len=512 request.max_tokens=9")
     assert command.file == Path("r.yaml")
     assert command.own == {
-        "against": "base", "restart": False, "max_prompts": None, "temperature": 0.0, "request": {"max_tokens": 9},
-    }  # fmt: skip
+        "against": "base",
+        "restart": False,
+        "max_prompts": None,
+        "temperature": 0.0,
+        "request": {"max_tokens": 9},
+    }
     assert command.recipe == {
-        "model_name_or_path": "./model", "dataset_dir": "data", "eval_dataset": "rows", "dataset": "nowhere",
-        "eval_strategy": "no", "output_dir": "out", "cutoff_len": 512,
-    }  # fmt: skip
+        "model_name_or_path": "./model",
+        "dataset_dir": "data",
+        "eval_dataset": "rows",
+        "dataset": "nowhere",
+        "eval_strategy": "no",
+        "output_dir": "out",
+        "cutoff_len": 512,
+    }
     assert command.given("against") and command.given("cutoff_len") and command.given("request")
     assert not command.given("output_dir") and not command.given("restart")
 
@@ -88,19 +97,27 @@ def test_own_keys_have_the_type_of_their_default(line, own):
         ("r.yaml agianst=base", ["Unknown key `agianst` (did you mean `against`?)."]),
         ("r.yaml learning_rat=1", ["Unknown key `learning_rat` (did you mean `learning_rate`?)."]),
         ("r.yaml against", ["Overrides are written key=value; got against."]),
-        ("r.yaml --against base", [
-            "Overrides are written key=value; got --against.", "Overrides are written key=value; got base."]),
+        (
+            "r.yaml --against base",
+            ["Overrides are written key=value; got --against.", "Overrides are written key=value; got base."],
+        ),
         ("r.yaml restart=maybe", ["restart: 'maybe' is not allowed; it must be true or false."]),
         ("r.yaml max_prompts=2.5", ["max_prompts: 2.5 is not allowed; it must be a whole number, or null."]),
         ("r.yaml request=5", ["request: 5 is not allowed; it must be a mapping."]),
-        ("r.yaml eval_dataset=row", [
-            "eval_dataset: row is not registered in data/dataset_info.json; did you mean `rows`?"]),
+        (
+            "r.yaml eval_dataset=row",
+            ["eval_dataset: row is not registered in data/dataset_info.json; did you mean `rows`?"],
+        ),
         ("r.yaml adapter_name_or_path=outputs/x", ["adapter_name_or_path: there is no folder outputs/x."]),
-        ("r.yaml grounding_eval=flase seed=x", [
-            "grounding_eval: 'flase' is not allowed; it must be true or false.",
-            "seed: 'x' is not allowed; it must be a whole number."]),
+        (
+            "r.yaml grounding_eval=flase seed=x",
+            [
+                "grounding_eval: 'flase' is not allowed; it must be true or false.",
+                "seed: 'x' is not allowed; it must be a whole number.",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_a_line_each(line, problems):
     with pytest.raises(UsageError) as refused:
         read(line)
@@ -244,6 +261,9 @@ def test_with_model():
     keys = {"model_name_or_path": "base", "adapter_name_or_path": "old", "seed": 1}
     assert recipe.with_model(keys, "base") == {"model_name_or_path": "base", "seed": 1}
     assert recipe.with_model(keys, "adapter") == {
-        "model_name_or_path": "base", "adapter_name_or_path": "adapter", "finetuning_type": "lora", "seed": 1,
-    }  # fmt: skip
+        "model_name_or_path": "base",
+        "adapter_name_or_path": "adapter",
+        "finetuning_type": "lora",
+        "seed": 1,
+    }
     assert recipe.with_model(keys, "org/other") == {"model_name_or_path": "org/other", "seed": 1}

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import report
 from helpers.paths import ROOT
 from helpers.report_runs import draw_image, make_pairs, make_run, write_examples, write_history, write_lines
 from llava_orpo.preference import metrics, records

@@ -124,8 +124,9 @@ def test_flops_by_part():
         def forward(self, x):
             return self.lm_head(self.layer(self.vision_tower(x)))
 
+    model = Model()
     with torch.no_grad():
-        counts = measure.count_flops(lambda model=Model(): model(torch.randn(5, 8)))
+        counts = measure.count_flops(lambda: model(torch.randn(5, 8)))
     assert counts == {"attention": 0, "lm_head": 2 * 5 * 8 * 32, "vision": 640, "rest": 640, "total": 3840}
 
 
@@ -140,8 +141,11 @@ def test_in_turn_and_table():
     seconds = measure.in_turn({"a": lambda i: order.append(f"a{i}"), "b": lambda i: order.append(f"b{i}")}, 3)
     assert order == ["a0", "b0", "a1", "b1", "a2", "b2"] and len(seconds["a"]) == len(seconds["b"]) == 3
     assert measure.table(["x", "y"], [[1.23456, 12345], ["z", 250.4]]).splitlines() == [
-        "| x    | y      |", "|------|--------|", "| 1.23 | 12,345 |", "| z    | 250    |",
-    ]  # fmt: skip
+        "| x    | y      |",
+        "|------|--------|",
+        "| 1.23 | 12,345 |",
+        "| z    | 250    |",
+    ]
 
 
 def side(seconds, tokens, flops, memory):
@@ -149,21 +153,34 @@ def side(seconds, tokens, flops, memory):
 
 
 def test_ratios():
-    flops = [{"attention": a, "lm_head": h, "vision": 1, "rest": r, "total": t} for a, h, r, t in
-             ((30, 60, 40, 131), (10, 5, 20, 36))]  # fmt: skip
+    flops = [
+        {"attention": a, "lm_head": h, "vision": 1, "rest": r, "total": t}
+        for a, h, r, t in ((30, 60, 40, 131), (10, 5, 20, 36))
+    ]
     result = {"sides": {"stock": side(9.0, 400, flops[0], 800), "ours": side(2.0, 100, flops[1], 200)}}
     assert orpo_step.ratios(result) == {
-        "speed": 4.5, "lm_tokens": 4.0, "flops": 131 / 36, "flops_linear": 2.0, "flops_attention_and_head": 6.0,
+        "speed": 4.5,
+        "lm_tokens": 4.0,
+        "flops": 131 / 36,
+        "flops_linear": 2.0,
+        "flops_attention_and_head": 6.0,
         "memory": 4.0,
-    }  # fmt: skip
-    rates = {"stock": {"pairs_per_second": 2.0, "memory": {"over_load": 6}},
-             "ours": {"pairs_per_second": 5.0, "memory": {"over_load": 2}}}  # fmt: skip
+    }
+    rates = {
+        "stock": {"pairs_per_second": 2.0, "memory": {"over_load": 6}},
+        "ours": {"pairs_per_second": 5.0, "memory": {"over_load": 2}},
+    }
     assert eval_speed.ratios(rates) == {"speed": 2.5, "memory": 3.0}
     keys = ("rows_per_second", "get_dataset_seconds", "collate_milliseconds_per_pair", "cache_bytes")
-    data = {"stock": dict(zip(keys, (4.0, 9.0, 8.0, 30))), "ours": dict(zip(keys, (80.0, 3.0, 2.0, 10)))}
+    data = {
+        "stock": dict(zip(keys, (4.0, 9.0, 8.0, 30), strict=True)),
+        "ours": dict(zip(keys, (80.0, 3.0, 2.0, 10), strict=True)),
+    }
     assert data_side.ratios(data) == {"tokenizing": 20.0, "get_dataset": 3.0, "collate": 4.0, "disk": 3.0}
-    runs = {name: {"seconds_per_step": s, "peak_bytes": b} for name, s, b in
-            (("swift", 6.0, 30), ("stock", 8.0, 20), ("ours", 2.0, 10))}  # fmt: skip
+    runs = {
+        name: {"seconds_per_step": s, "peak_bytes": b}
+        for name, s, b in (("swift", 6.0, 30), ("stock", 8.0, 20), ("ours", 2.0, 10))
+    }
     assert peers.ratios(runs) == {"swift_speed": 3.0, "swift_memory": 3.0, "stock_speed": 4.0, "stock_memory": 2.0}
 
 
@@ -188,8 +205,12 @@ def test_computed_numbers():
 
 
 def test_missed_targets_are_said():
-    result = {"geometry": "mid", "pairs_per_image": 1, "ratios": {"speed": 3.0, "memory": 2.5, "flops": 3.2},
-              "sides": {"ours": {"share_of_gemm_rate": 0.7}}}  # fmt: skip
+    result = {
+        "geometry": "mid",
+        "pairs_per_image": 1,
+        "ratios": {"speed": 3.0, "memory": 2.5, "flops": 3.2},
+        "sides": {"ours": {"share_of_gemm_rate": 0.7}},
+    }
     lines = make_tables.targets([result]).splitlines()
     assert "missed by 25.0%; the FLOP ratio is 3.20" in lines[2]
     assert [line.split("|")[-2].strip() for line in lines[3:]] == ["met", "met"]

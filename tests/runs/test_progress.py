@@ -78,18 +78,33 @@ def test_a_bar_is_read(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "hello", "[INFO] a, b]", "{'loss': '1.2', 'x': [1, 2]}", "1.2.3/4 [00:01<00:02, 3it/s]", "12/10", "%|| [,]",
-     "  5%|█   | 1/20 [00:01<00:1", "Traceback (most recent call last):", "x = [1, 2]", "https://a/b [1/2]"],
-)  # fmt: skip
+    [
+        "",
+        "hello",
+        "[INFO] a, b]",
+        "{'loss': '1.2', 'x': [1, 2]}",
+        "1.2.3/4 [00:01<00:02, 3it/s]",
+        "12/10",
+        "%|| [,]",
+        "  5%|█   | 1/20 [00:01<00:1",
+        "Traceback (most recent call last):",
+        "x = [1, 2]",
+        "https://a/b [1/2]",
+    ],
+)
 def test_other_text_is_no_bar(text):
     assert parse_bar(text) is None
 
 
 @given(
-    n=st.integers(0, 10**7), total=st.one_of(st.none(), st.integers(1, 10**7)), elapsed=st.floats(0.01, 10**5),
-    desc=st.sampled_from(["", "sight", "Map (num_proc=2)", "a: b"]), unit=st.sampled_from(["it", "pair", " rows"]),
-    postfix=st.sampled_from(["", "loss=0.5", "loss=1e-05, lr=2"]), scale=st.booleans(),
-)  # fmt: skip
+    n=st.integers(0, 10**7),
+    total=st.one_of(st.none(), st.integers(1, 10**7)),
+    elapsed=st.floats(0.01, 10**5),
+    desc=st.sampled_from(["", "sight", "Map (num_proc=2)", "a: b"]),
+    unit=st.sampled_from(["it", "pair", " rows"]),
+    postfix=st.sampled_from(["", "loss=0.5", "loss=1e-05, lr=2"]),
+    scale=st.booleans(),
+)
 def test_whatever_tqdm_writes_is_read(n, total, elapsed, desc, unit, postfix, scale):
     prefix = desc and f"{desc}: "
     known = total is not None and n <= total
@@ -166,8 +181,15 @@ def test_the_file_has_every_line_and_few_states_of_a_bar():
     output.feed("\n\x1b[31mTraceback\x1b[0m\n  at the end")
     output.close()
     assert file.getvalue().splitlines() == [
-        "loads", "", state(0), state(40), state(80), state(99), "Traceback", "  at the end",
-    ]  # fmt: skip
+        "loads",
+        "",
+        state(0),
+        state(40),
+        state(80),
+        state(99),
+        "Traceback",
+        "  at the end",
+    ]
     assert output.line == "at the end"
 
 
@@ -290,8 +312,11 @@ def test_a_terminal_has_a_live_list(child, tmp_path):
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     live = subprocess.Popen(
         [sys.executable, "-c", LIVE, child[1], str(tmp_path / "log")],
-        stdin=child_end, stdout=child_end, stderr=child_end, env=environment,
-    )  # fmt: skip
+        stdin=child_end,
+        stdout=child_end,
+        stderr=child_end,
+        env=environment,
+    )
     os.close(child_end)
     seen = b""
     try:
@@ -397,9 +422,13 @@ def test_set_up_shows_the_newest_line_in_a_log(code):
         echo after
     """)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        ["bash", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, "LLAVA_ORPO_LOG_SECONDS": "0.2"},
-    )  # fmt: skip
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == code
     assert (

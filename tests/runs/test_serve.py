@@ -146,10 +146,18 @@ def test_engines_that_repeat_the_placeholder_themselves_get_one(reference, expan
     template_class = exact_templates()["llava_v16_mistral"]
     plugin = LlavaOrpoPlugin("<image>", None, None, expand_mm_tokens=expand)
     template = template_class(
-        *[None] * 7, default_system="", stop_words=[], thought_words=("", ""), tool_call_words=("", ""),
-        efficient_eos=False, replace_eos=False, replace_jinja_template=False, enable_thinking=None,
-        preserve_thinking=False, mm_plugin=plugin,
-    )  # fmt: skip
+        *[None] * 7,
+        default_system="",
+        stop_words=[],
+        thought_words=("", ""),
+        tool_call_words=("", ""),
+        efficient_eos=False,
+        replace_eos=False,
+        replace_jinja_template=False,
+        enable_thinking=None,
+        preserve_thinking=False,
+        mm_plugin=plugin,
+    )
     image = picture(100, 60)
     messages = plugin.process_messages([{"role": "user", "content": "<image>Where?"}], [image], [], [], processor)
     messages.append({"role": "assistant", "content": ""})

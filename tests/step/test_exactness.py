@@ -15,8 +15,16 @@ from PIL import Image
 from helpers.recipes import build_trainer, photo_rows, random_model, write_rows
 
 # LLaMA-Factory's logits/* average over every position of the padded batch; those logits are not computed here.
-COMPARED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-            "logps/rejected", "sft_loss", "odds_ratio_loss")  # fmt: skip
+COMPARED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "sft_loss",
+    "odds_ratio_loss",
+)
 
 
 def step(trainer, features):
@@ -73,14 +81,22 @@ def png(jpeg: bytes) -> bytes:
     return out.getvalue()
 
 
-LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj,down_proj,linear_1,linear_2",
-        "freeze_multi_modal_projector": False}  # fmt: skip
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_target": "q_proj,v_proj,down_proj,linear_1,linear_2",
+    "freeze_multi_modal_projector": False,
+}
 METHODS = {
     "lora": LORA,
     "dora": {**LORA, "use_dora": True},
     "lora-projector-frozen": {**LORA, "freeze_multi_modal_projector": True},
     "full": {"finetuning_type": "full", "freeze_multi_modal_projector": False},
-    "full-all-trained": {"finetuning_type": "full", "freeze_multi_modal_projector": False, "freeze_vision_tower": False},
+    "full-all-trained": {
+        "finetuning_type": "full",
+        "freeze_multi_modal_projector": False,
+        "freeze_vision_tower": False,
+    },
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "qlora": {**LORA, "quantization_bit": 4},
     "checkpointing": {**LORA, "disable_gradient_checkpointing": False},
@@ -119,9 +135,12 @@ def test_other_losses(loss, tmp_path):
 def test_grouped_pairs_equal_ungrouped(tmp_path):
     rows = photo_rows(2, 3)
     ours, _ = compare(
-        LORA, rows, tmp_path, batches=[[0, 1, 2, 3], [5, 0, 4, 1]],
+        LORA,
+        rows,
+        tmp_path,
+        batches=[[0, 1, 2, 3], [5, 0, 4, 1]],
         plugin_keys={"group_pairs_by_image": True, "max_pairs_per_image": 3},
-    )  # fmt: skip
+    )
     packed = ours.data_collator([ours.train_dataset[i] for i in (0, 1, 2, 3)])["packed"]
     assert len(packed.layout.groups) == 2 and packed.n_pairs == 4
 

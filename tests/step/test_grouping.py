@@ -6,24 +6,30 @@ import io
 import json
 import shutil
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from llamafactory.hparams import get_train_args
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, write_recipe, write_rows
-from llava_orpo.integration import training
-from llava_orpo.preference import scoring as evaluation
+from helpers.recipes import build_trainer, photo_rows, random_model, recipe, run_cli, write_recipe, write_rows
+from llava_orpo.integration.run import current
+from llava_orpo.preference.scoring import ConditionedRows
 from llava_orpo.step.batches import GroupByImageSampler, fill_batches, image_runs
 from llava_orpo.step.collator import SharedPrefixCollator
+from llava_orpo.training import workflow
 
-LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj,linear_1,linear_2",
-        "freeze_multi_modal_projector": False}  # fmt: skip
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_target": "q_proj,v_proj,linear_1,linear_2",
+    "freeze_multi_modal_projector": False,
+}
 
 HASHES = st.lists(st.sampled_from(["", *"abcdefgh"]), max_size=60)  # "": a pair without an image
 SIZES = st.integers(1, 9)
@@ -216,35 +222,55 @@ def test_a_grouped_run_counts_pairs_as_without_grouping(tmp_path):
 # fallback -----------------------------------------------------------------------------------------------------
 
 
+def model_with(folder: Path, **text) -> Path:
+    """The small random model with other settings of its language model in config.json."""
+    shutil.copytree(random_model(), folder / "model")
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"].update(text)
+    path.write_text(json.dumps(config))
+    return path.parent
+
+
 @pytest.mark.parametrize(
-    "text, model, recipe, reason",
+    "text, model, keys, reason",
     [
         ({"sliding_window": 64}, {}, {}, "sliding window of 64 tokens"),
         ({}, {"use_unsloth": True}, {}, "unsloth"),
         ({}, {"enable_liger_kernel": True}, {}, "liger"),
-        ({}, {"shift_attn": True}, {}, "shift_attn"),
+        ({}, {}, {"shift_attn": True}, "shift_attn"),
         ({}, {}, {"ld_alpha": 0.5}, "ld_alpha"),
-        ({}, {}, {}, ""),
+        ({"model_type": "llama"}, {}, {}, ""),  # its config knows no sliding window
         ({"sliding_window": None}, {}, {"ld_alpha": None}, ""),
     ],
 )
-def test_the_reason_to_fall_back(text, model, recipe, reason):
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**text))
-    model = SimpleNamespace(**{"use_unsloth": False, "enable_liger_kernel": False, "shift_attn": False, **model})
-    found = training._fallback_reason(config, model, SimpleNamespace(recipe=recipe))
+def test_the_reason_to_fall_back(tmp_path, text, model, keys, reason):
+    """model: keys that LLaMA-Factory refuses where a package is not installed, so they are set after parsing."""
+    folder = model_with(tmp_path, **text)
+    model_args, *others, _ = get_train_args(recipe(tmp_path, {**keys, "model_name_or_path": str(folder)}))
+    for key, value in model.items():
+        setattr(model_args, key, value)
+    found = workflow.check(current(), model_args, *others)
     assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize("work, data", [("--do_train", "--dataset"), ("--do_eval", "--eval_dataset")])
+def test_the_reason_to_fall_back_is_seen_on_a_plain_command_line(tmp_path, work, data):
+    """The flag before the key has no value: words are not simply key, value, key, value."""
+    line = f"--plugins llava_orpo {work} --ld_alpha 0.5 --stage dpo --pref_loss sigmoid --output_dir {tmp_path}"
+    line += f" --model_name_or_path {random_model()} --template llava_v16_mistral {data} rows --use_cpu"
+    *arguments, _ = get_train_args(line.split())
+    assert "ld_alpha" in workflow.check(current(), *arguments)
+    *arguments, _ = get_train_args(line.replace("--ld_alpha 0.5 ", "").split())
+    assert workflow.check(current(), *arguments) == ""
 
 
 @pytest.mark.parametrize("window", [64, None])
 def test_a_sliding_window_trains_with_llama_factorys_own_trainer(tmp_path, monkeypatch, window):
-    folder = tmp_path / "model"
-    shutil.copytree(random_model(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["sliding_window"] = window
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = model_with(tmp_path, sliding_window=window)
     write_rows(tmp_path, photo_rows(1, 2))
     warnings = []
-    monkeypatch.setattr(training.logger, "warning_rank0", warnings.append)
+    monkeypatch.setattr(workflow.logger, "warning_rank0", warnings.append)
     trainer = build_trainer(tmp_path, {**LORA, "model_name_or_path": str(folder)})
     announced = [text for text in warnings if "falling back" in text]
     if window is None:
@@ -277,12 +303,23 @@ def test_other_images_are_grouped_by_the_image_shown():
 
     numbers = {"A": 0, "B": 1, "C": 2}
     rows = Dataset.from_list(
-        [{"pair_id": str(i), "image_hash": name, "image": picture(numbers[name]), "width": 10 + numbers[name], "height": 20,
-          "num_image_tokens": 5 + numbers[name], "prompt_ids": [1, 99, 2], "chosen_ids": [3], "rejected_ids": [4]}
-         for i, name in enumerate("ABAC")]
-    )  # fmt: skip
-    shown = evaluation.ScoredRows(rows, range(4), "other")
+        [
+            {
+                "pair_id": str(i),
+                "image_hash": name,
+                "image": picture(numbers[name]),
+                "width": 10 + numbers[name],
+                "height": 20,
+                "num_image_tokens": 5 + numbers[name],
+                "prompt_ids": [1, 99, 2],
+                "chosen_ids": [3],
+                "rejected_ids": [4],
+            }
+            for i, name in enumerate("ABAC")
+        ]
+    )
+    shown = ConditionedRows(rows, range(4), "other")
     batch = SharedPrefixCollator(Processor(), 99, group_by_image=True)([shown[i] for i in range(4)])
-    assert batch["widths"] == [11, 10, 12]
+    assert batch["image_inputs"] == {"widths": [11, 10, 12]}
     assert [row["pair_id"] for row in batch["rows"]] == ["0", "1", "3", "2"]
     assert [row["image_hash"] for row in batch["rows"]] == ["A", "B", "C", "A"]  # records keep their own

@@ -58,9 +58,9 @@ def test_only_read_positions_pass_the_last_layer_and_a_copy_does_the_same():
     packed = packed_of(examples)
     enable(model)
     for each in (model, copy.deepcopy(model)):
-        last = rows_through_mlp(each, -1, lambda: run(each, examples))
+        last = rows_through_mlp(each, -1, lambda each=each: run(each, examples))
         assert last == [len(packed.logits_to_keep.unique())]
-        assert rows_through_mlp(each, -2, lambda: run(each, examples)) == [packed.num_tokens]
+        assert rows_through_mlp(each, -2, lambda each=each: run(each, examples)) == [packed.num_tokens]
 
 
 def test_plain_forward_and_disable_run_every_row():

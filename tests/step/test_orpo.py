@@ -67,6 +67,7 @@ def test_equals_llamafactory_in_the_ordinary_range(pairs, beta):
     for mine, other in zip(
         torch.autograd.grad(ours.sum(), (chosen, rejected), retain_graph=True),
         torch.autograd.grad(theirs.sum(), (chosen, rejected)),
+        strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
 

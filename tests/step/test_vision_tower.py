@@ -47,7 +47,7 @@ def test_gradients_of_the_projector_are_the_same(frozen):
     frozen.zero_grad()
     with skip_unread_vision_layers(frozen):
         _features(frozen).square().sum().backward()
-    assert all(torch.equal(p.grad, e) for p, e in zip(projector.parameters(), expected))
+    assert all(torch.equal(p.grad, e) for p, e in zip(projector.parameters(), expected, strict=True))
 
 
 def test_forwards_come_back_after_an_error(frozen):

@@ -95,15 +95,8 @@ def test_several_pairs_per_image_and_varied_aspect_ratios(data):
 
 
 def test_no_image_is_shared_between_the_splits(data):
-    seen = {
-        s: {hashlib.sha256(r["image"]["bytes"]).digest() for r in rows_of(data, s)}
-        for s in world_pairs.SEEDS
-    }
-    assert (
-        not seen["train"] & seen["heldout"]
-        and not seen["train"] & seen["dev"]
-        and not seen["dev"] & seen["heldout"]
-    )
+    seen = {s: {hashlib.sha256(r["image"]["bytes"]).digest() for r in rows_of(data, s)} for s in world_pairs.SEEDS}
+    assert not seen["train"] & seen["heldout"] and not seen["train"] & seen["dev"] and not seen["dev"] & seen["heldout"]
 
 
 def test_same_seed_same_bytes_and_a_complete_file_is_left_alone(data, tmp_path):
@@ -201,7 +194,7 @@ def test_the_picture_shows_the_scene():
             )
             near = min(
                 world.COLORS,
-                key=lambda c: sum((a - b) ** 2 for a, b in zip(world.COLORS[c], picture.getpixel(at))),
+                key=lambda c: sum((a - b) ** 2 for a, b in zip(world.COLORS[c], picture.getpixel(at), strict=True)),
             )
             assert near == color and labels.getpixel(at) == i + 1
 
@@ -327,9 +320,7 @@ def test_tokenizer_is_of_the_llama_kind(tokenizer):
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
     image, pad = tokenizer.convert_tokens_to_ids(["<image>", "<pad>"])
     assert (image, pad) == (len(tokenizer) - 2, len(tokenizer) - 1)
-    pieces = tokenizer.convert_ids_to_tokens(
-        tokenizer("[INST] <image>\nWhat is red? [/INST] It is.</s>")["input_ids"]
-    )
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("[INST] <image>\nWhat is red? [/INST] It is.</s>")["input_ids"])
     at = pieces.index("<image>")
     assert pieces[0] == "<s>" and pieces[at - 1] == "▁"  # "[INST] " keeps its space as a piece of its own
     assert pieces[at + 1 : at + 4] == ["▁", "<0x0A>", "What"]  # the mark of a legacy tokenizer, before the newline

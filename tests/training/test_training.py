@@ -16,8 +16,12 @@ from helpers.paths import ROOT
 from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
-LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj,linear_1,linear_2",
-        "freeze_multi_modal_projector": False}  # fmt: skip
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_target": "q_proj,v_proj,linear_1,linear_2",
+    "freeze_multi_modal_projector": False,
+}
 
 
 def log_lines(folder: Path) -> list[dict]:
@@ -63,32 +67,80 @@ def test_photographs_train_at_336_pixels_with_every_log(tmp_path):
     """Real photographs at full anyres, 4-bit, W&B offline, TensorBoard, overrides on the command line."""
     write_rows(tmp_path, photo_rows(6, 1, aspect="mixed"))
     keys = {
-        **LORA, "model_name_or_path": str(random_model("tiny")), "quantization_bit": 4, "double_quantization": True,
-        "eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "plot_loss": True,
-        "report_to": ["wandb", "tensorboard"], "project": "llava-orpo-test", "run_name": "photos", "max_steps": 9,
-        "per_device_eval_batch_size": 2, "metric_for_best_model": "preference_accuracy", "load_best_model_at_end": True,
-        "save_strategy": "steps", "save_steps": 2, "bf16": True, "grounding_eval": True,
-    }  # fmt: skip
+        **LORA,
+        "model_name_or_path": str(random_model("tiny")),
+        "quantization_bit": 4,
+        "double_quantization": True,
+        "eval_dataset": "rows",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "plot_loss": True,
+        "report_to": ["wandb", "tensorboard"],
+        "project": "llava-orpo-test",
+        "run_name": "photos",
+        "max_steps": 9,
+        "per_device_eval_batch_size": 2,
+        "metric_for_best_model": "preference_accuracy",
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "bf16": True,
+        "grounding_eval": True,
+    }
     path = write_recipe(tmp_path, keys)
     run_cli(
-        "train", path, "max_steps=2", "per_device_train_batch_size=1", "learning_rate=1e-3",
+        "train",
+        path,
+        "max_steps=2",
+        "per_device_train_batch_size=1",
+        "learning_rate=1e-3",
         env={"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_DATA_DIR": str(tmp_path / "wandb-data")},
-    )  # fmt: skip
+    )
     out = tmp_path / "out"
     lines = log_lines(out)
     steps = [line for line in lines if "loss" in line and "grad_norm" in line]
     assert [line["current_steps"] for line in steps] == [1, 2]
-    for key in ("loss", "sft_loss", "odds_ratio_loss", "log_odds", "log_odds_ratio", "nll_loss", "grad_norm",
-                "learning_rate", "lr", "logps/chosen", "logps/rejected", "rewards/accuracies",
-                "rewards/margins", "accuracy", "data_wait_fraction"):  # fmt: skip
+    for key in (
+        "loss",
+        "sft_loss",
+        "odds_ratio_loss",
+        "log_odds",
+        "log_odds_ratio",
+        "nll_loss",
+        "grad_norm",
+        "learning_rate",
+        "lr",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "accuracy",
+        "data_wait_fraction",
+    ):
         assert math.isfinite(steps[0][key]), key
     assert steps[0]["loss"] == pytest.approx(steps[0]["sft_loss"] + 0.1 * steps[0]["odds_ratio_loss"], rel=1e-3)
     history = json.loads((out / "preference_eval.json").read_text())["history"]
-    (evaluated,) = [line for line in json.loads((out / "trainer_state.json").read_text())["log_history"]
-                    if line["step"] == 2 and "eval_n" in line]  # fmt: skip
-    for key in ("rewards/chosen", "rewards/margins", "logps/chosen", "odds_ratio_loss", "log_odds", "logps/margin_p50",
-                "ties", "n", "preference_accuracy", "preference_accuracy_low", "preference_accuracy_high",
-                "preference_accuracy_sum", "sft_loss"):  # fmt: skip
+    (evaluated,) = [
+        line
+        for line in json.loads((out / "trainer_state.json").read_text())["log_history"]
+        if line["step"] == 2 and "eval_n" in line
+    ]
+    for key in (
+        "rewards/chosen",
+        "rewards/margins",
+        "logps/chosen",
+        "odds_ratio_loss",
+        "log_odds",
+        "logps/margin_p50",
+        "ties",
+        "n",
+        "preference_accuracy",
+        "preference_accuracy_low",
+        "preference_accuracy_high",
+        "preference_accuracy_sum",
+        "sft_loss",
+    ):
         assert evaluated[f"eval_{key}"] == pytest.approx(history[-1]["metrics"][key], rel=1e-6), key
     assert history[-1]["step"] == 2 and history[-1]["metrics"]["n"] == 6
     assert set(history[-1]["grounding"]) >= {"true", "grey", "other", "true_minus_grey"}
@@ -141,8 +193,14 @@ def test_four_bit_training_goes_on_after_an_evaluation(tmp_path):
 
 def test_same_curve_with_and_without_shared_prefix(tmp_path):
     write_rows(tmp_path, photo_rows(12, 1))
-    keys = {**LORA, "max_steps": 30, "logging_steps": 1, "learning_rate": 1e-3,
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}  # fmt: skip
+    keys = {
+        **LORA,
+        "max_steps": 30,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    }
     curves = []
     for shared in (True, False):
         out = tmp_path / f"out-{shared}"
@@ -152,17 +210,25 @@ def test_same_curve_with_and_without_shared_prefix(tmp_path):
         assert len(curves[-1]) == 30
     assert curves[0][-1] < curves[0][0]  # it trained
     # trainer_log.jsonl rounds to 4 decimals
-    assert max(abs(a - b) for a, b in zip(*curves)) <= 1e-4 + 1e-9
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-4 + 1e-9
 
 
 def test_two_processes_score_and_train_like_one(tmp_path):
     """torchrun children load the plugin; no pair is scored twice or dropped; gradients are averaged over ranks."""
     write_rows(tmp_path, photo_rows(5, 1))
     keys = {
-        **LORA, "eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "logging_steps": 1,
-        "learning_rate": 1e-3, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "disable_shuffling": True,
+        **LORA,
+        "eval_dataset": "rows",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 2,
+        "disable_shuffling": True,
         "ddp_timeout": 600,
-    }  # fmt: skip
+    }
     scores = []
     for name, env, batch in (
         ("one", {}, 2),
@@ -174,7 +240,7 @@ def test_two_processes_score_and_train_like_one(tmp_path):
         pairs = [json.loads(line) for line in (out / "preference_pairs.jsonl").read_text().splitlines()]
         assert len({pair["pair_id"] for pair in pairs}) == len(pairs) == 5
         scores.append(pairs)
-    for a, b in zip(*scores):
+    for a, b in zip(*scores, strict=True):
         assert a["pair_id"] == b["pair_id"]
         assert b["chosen_logp"] == pytest.approx(a["chosen_logp"], rel=1e-5)
         assert b["rejected_logp"] == pytest.approx(a["rejected_logp"], rel=1e-5)
@@ -192,9 +258,14 @@ def test_export_is_published_and_equals_base_plus_adapter(tmp_path, method):
         merged = tmp_path / "out"
     else:
         export = {
-            "plugins": "llava_orpo", "model_name_or_path": str(base), "adapter_name_or_path": str(tmp_path / "out"),
-            "template": "llava_v16_mistral", "infer_dtype": "float32", "export_dir": str(merged), "export_device": "cpu",
-        }  # fmt: skip
+            "plugins": "llava_orpo",
+            "model_name_or_path": str(base),
+            "adapter_name_or_path": str(tmp_path / "out"),
+            "template": "llava_v16_mistral",
+            "infer_dtype": "float32",
+            "export_dir": str(merged),
+            "export_device": "cpu",
+        }
         path = write_recipe(tmp_path, export, plain=True, name="export")
         run_cli("export", path)
         again = run_cli("export", path, check=False)
@@ -233,8 +304,15 @@ def test_export_is_published_and_equals_base_plus_adapter(tmp_path, method):
 def test_full_training_resumes_from_its_checkpoint(tmp_path):
     """Four steps in one go equal two, a stop, and two more."""
     write_rows(tmp_path, photo_rows(4, 1))
-    keys = {"finetuning_type": "full", "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant", "per_device_train_batch_size": 2}  # fmt: skip
+    keys = {
+        "finetuning_type": "full",
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2,
+    }
     run_cli("train", write_recipe(tmp_path, {**keys, "output_dir": str(tmp_path / "whole")}))
     path = write_recipe(tmp_path, {**keys, "output_dir": str(tmp_path / "parts")})
     run_cli("train", path, "max_steps=2")
@@ -254,18 +332,40 @@ def test_plain_llamafactory_recipe_still_runs(tmp_path):
     for i, row in enumerate(photo_rows(2, 1)):
         picture = tmp_path / f"{i}.jpg"
         picture.write_bytes(row["image"]["bytes"])
-        rows.append({"instruction": "<image>\n" + row["question"], "chosen": row["chosen"], "rejected": row["rejected"],
-                     "images": [str(picture)]})  # fmt: skip
+        rows.append(
+            {
+                "instruction": "<image>\n" + row["question"],
+                "chosen": row["chosen"],
+                "rejected": row["rejected"],
+                "images": [str(picture)],
+            }
+        )
     (tmp_path / "plain.json").write_text(json.dumps(rows))
-    info = {"plain": {"file_name": "plain.json", "ranking": True,
-                      "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected", "images": "images"}}}  # fmt: skip
+    info = {
+        "plain": {
+            "file_name": "plain.json",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected", "images": "images"},
+        }
+    }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     keys = {
-        "model_name_or_path": str(random_model()), "stage": "dpo", "do_train": True, "pref_loss": "orpo", **LORA,
-        "dataset_dir": str(tmp_path), "dataset": "plain", "template": "llava_next_mistral", "cutoff_len": 4096,
-        "output_dir": str(tmp_path / "plain-out"), "report_to": "none", "max_steps": 1, "logging_steps": 1,
-        "per_device_train_batch_size": 1, "use_cpu": True,
-    }  # fmt: skip
+        "model_name_or_path": str(random_model()),
+        "stage": "dpo",
+        "do_train": True,
+        "pref_loss": "orpo",
+        **LORA,
+        "dataset_dir": str(tmp_path),
+        "dataset": "plain",
+        "template": "llava_next_mistral",
+        "cutoff_len": 4096,
+        "output_dir": str(tmp_path / "plain-out"),
+        "report_to": "none",
+        "max_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 1,
+        "use_cpu": True,
+    }
     run_cli("train", write_recipe(tmp_path, keys, plain=True))
     (line,) = [line for line in log_lines(tmp_path / "plain-out") if "loss" in line]
     assert "sft_loss" not in line and (tmp_path / "plain-out" / "adapter_model.safetensors").exists()
@@ -285,6 +385,6 @@ def test_every_recipe_has_a_header_and_known_keys():
         if "llamafactory-cli" not in text:
             continue  # an accelerate or DeepSpeed file
         header = text.split("\n###")[0]
-        assert f"llamafactory-cli" in header and "Hardware:" in header and "Comes out:" in header, path
+        assert "llamafactory-cli" in header and "Hardware:" in header and "Comes out:" in header, path
         known = set(PLUGIN_KEYS) | {f for c in {*_TRAIN_ARGS, *_INFER_ARGS} for f in c.__dataclass_fields__}
         assert not set(yaml.safe_load(text)) - known, path

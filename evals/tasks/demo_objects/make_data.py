@@ -1,8 +1,8 @@
-"""Make the data of the demo_objects task: yes/no questions about pictures drawn by llava_orpo.tiny.world.
+"""Makes the data of the demo_objects task: yes/no questions about pictures drawn by llava_orpo.tiny.world.
 
     python evals/tasks/demo_objects/make_data.py --out outputs/benchmarks/demo_objects.parquet
 
-evals/benchmarks.py does this by itself. Deterministic; the pictures are in no split of
+evals/benchmarks.py does this by itself. The result is deterministic, and its pictures are in no split of
 scripts/make_demo_data.py.
 """
 

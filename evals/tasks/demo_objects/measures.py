@@ -1,4 +1,4 @@
-"""What demo_objects.yaml calls: POPE's measures (arXiv 2305.10355), with answers in whole sentences allowed."""
+"""The functions that demo_objects.yaml calls: POPE's measures (arXiv 2305.10355); answers may be whole sentences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def accuracy(results):
 
 
 def precision(results):
-    """Of the answers that say yes, how many are right: 1 minus this is hallucination. 0 when none says yes."""
+    """The share of right answers among those that say yes: 1 minus this is hallucination. 0 when no answer says yes."""
     return _share([r for r in results if r["said"] == "yes"], lambda r: r["true"] == "yes")
 
 
@@ -34,7 +34,7 @@ def recall(results):
 
 
 def yes_ratio(results):
-    """How many answers say yes; half would be right."""
+    """The share of answers that say yes; half would be right."""
     return _share(results, lambda r: r["said"] == "yes")
 
 

@@ -1,4 +1,4 @@
-"""Does a LoRA adapter belong to a base model? Asked before a merge, from small files and headers alone."""
+"""Checks before a merge whether a LoRA adapter belongs to a base model, from small files and headers alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _HUB_CACHE = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+/?$")
 def check_adapter(adapter_dir: str | Path, base: str | Path) -> None:
     """Raises CheckpointError unless the PEFT adapter in `adapter_dir` can be one of the model `base`.
 
-    base: a folder or a Hub id. Every adapter tensor must fit the base's weight of that name (shapes as the
-    base's config.json implies them). If adapter_config.json names another base, its folder (if it still
-    exists) must hold the same weights (first rows compared); otherwise the last part of both names must
-    agree.
+    base: a folder or a Hub id. Every adapter tensor must fit the base's weight of that name (shapes as the base's
+    config.json implies them). If adapter_config.json names another base whose folder still exists, that folder must
+    hold the same weights (first rows are compared); otherwise the last part of both names must agree.
     """
     adapter_dir = Path(adapter_dir)
     settings = read_json(adapter_dir / "adapter_config.json")
@@ -56,7 +55,7 @@ def check_adapter(adapter_dir: str | Path, base: str | Path) -> None:
 
 
 def _target(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int | None, ...]]:
-    """Published name of the weight an adapter tensor changes, and the shape it asks of it (None: any)."""
+    """The published name of the weight an adapter tensor changes, and the shape it asks of it (None: any)."""
     name = name.removeprefix("base_model.model.")
     match = _PART.search(name)
     if match is None:  # modules_to_save: the whole weight

@@ -1,8 +1,7 @@
-"""Checkpoint folders as files: read and check their tensor tables, write new ones that look whole only when
-they are.
+"""Checkpoint folders as files: reads and checks their tensor tables, writes new ones whole or not at all.
 
-Nothing here knows LLaVA's tensor names (that is checkpoint.py); only torch, safetensors and the standard
-library.
+Nothing here knows LLaVA's tensor names (published.py does), and only torch, safetensors and the standard library are
+needed.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
-    """File name -> tensor names the index assigns to it (None where there is no index), for a folder's
-    safetensors.
+    """File name -> tensor names the index assigns to it (None without an index), for a folder's safetensors.
 
     Raises CheckpointError if the folder holds no safetensors weights.
     """
@@ -101,8 +99,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
 
 
 def tensor_table(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Tensor name -> (dtype code, shape, file name) for all safetensors weights in `folder`; no weights are
-    read.
+    """Tensor name -> (dtype code, shape, file name) for all safetensors weights in `folder`; reads headers only.
 
     Raises CheckpointError naming the file if a shard is missing or cut short, or lacks a tensor of the index.
     """
@@ -129,11 +126,9 @@ def resolve_model_dir(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """The local folder of a model: itself if it is one, else the Hub snapshot of its small files (no
-    weights).
+    """The local folder of a model: itself if it is one, else the Hub snapshot of its small files, without weights.
 
-    Honours the Hub's cache and HF_HUB_OFFLINE. Raises CheckpointError if there is no such folder or
-    repository.
+    Honours the Hub's cache and HF_HUB_OFFLINE. Raises CheckpointError if there is no such folder or repository.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -169,14 +164,14 @@ def processor_files(base: Path) -> list[Path]:
 
 
 def copy_files(base: Path, files: list[Path], folder: Path) -> None:
-    """Copy `files` (relative to `base`) into `folder`, byte for byte."""
+    """Copies `files` (relative to `base`) into `folder`, byte for byte."""
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / file, folder / file)
 
 
 def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
-    """Whether a checkpoint may be written to `out_dir`: call it before long work.
+    """Refuses an `out_dir` that no checkpoint may be written to. Call it before long work.
 
     Raises CheckpointError if it is a file, if it holds files and `overwrite` is false, or if what it holds is
     not a checkpoint (overwriting never deletes anything else).
@@ -194,8 +189,7 @@ def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
 
 @contextmanager
 def fresh_folder(out_dir: str | Path, needed_bytes: int, overwrite: bool = False) -> Iterator[Path]:
-    """Write a checkpoint beside its final place: yields '<out_dir>.partial', renames it to `out_dir` on
-    success.
+    """Writes a checkpoint beside its final place: yields '<out_dir>.partial', renames it to `out_dir` on success.
 
     If the block raises, the partial folder is removed and `out_dir` is as it was. Raises CheckpointError
     before anything is written: see check_output, check_disk (`needed_bytes`).
@@ -235,9 +229,7 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names split in order into shards of at most `max_shard_bytes` (one larger tensor is a shard
-    alone).
-    """
+    """Tensor names split in order into shards of at most `max_shard_bytes`; a larger tensor is a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -256,8 +248,9 @@ def write_shards(
     max_shard_gb: float,
     what: str = "",
 ) -> None:
-    """Writes tensors as model-00001-of-0000N.safetensors (metadata {'format': 'pt'}) and their index, or as
-    model.safetensors alone when one shard is enough.
+    """Writes tensors as shards with an index, or as model.safetensors alone when one shard is enough.
+
+    Shards are named model-00001-of-0000N.safetensors and have the metadata {'format': 'pt'}.
 
     sizes: tensor name -> bytes, in writing order. fetch(name) gives the contiguous CPU tensor; one shard is
     in memory at a time. what: names the progress bar; none is shown without it. Raises CheckpointError if a fetched

@@ -1,9 +1,9 @@
 """LLaVA-1.6 checkpoints in the published llava-hf tensor layout: write one, check one, load one.
 
 transformers 5.5 and 5.6 both read the layout of the published checkpoints (`language_model.model.*`,
-`vision_tower.vision_model.*`, ...), but each writes another one that the other cannot read: the weights it
-does not find stay random, with no more than a printed table. So full models are written here, in the
-published names, and loading raises instead.
+`vision_tower.vision_model.*`, ...), but each writes another one that the other cannot read: missing tensors are
+initialised randomly, with only a printed table as notice. So full models are written here, in the published names, and
+loading raises an error instead.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: dict, what: str) 
 
 
 def check_folder(path: str | Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Check a llava_next folder before loading it, from config.json and the shards' headers alone.
+    """Checks a llava_next folder before it is loaded, from config.json and the shards' headers alone.
 
     Every shard of the index is there and as long as its header says, and (unless quantized) names and shapes
     are those the config implies, in the published layout or one that some transformers writes (load_checked
@@ -211,7 +211,7 @@ def save_published(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Path:
-    """Write a whole LLaVA-NeXT model as a folder that plain transformers 5.5 and 5.6 load completely.
+    """Writes a whole LLaVA-NeXT model as a folder that plain transformers 5.5 and 5.6 load completely.
 
     model: a LlavaNextForConditionalGeneration with adapters merged, or its (gathered) `state_dict`. base_dir:
     the folder the model came from; its config.json is kept but for the dtype, its processor, tokenizer,

@@ -18,7 +18,7 @@ def save_into(model, folder: str | Path, state_dict: Mapping[str, torch.Tensor] 
     """Writes a LlavaNextForConditionalGeneration (or its gathered state_dict) into a folder that may hold other files.
 
     Published tensor names in the dtype of the base checkpoint's config; the base's own processor files. The weights
-    are written beside and moved in at the end. Raises CheckpointError (see `checkpoint.save_published`).
+    are written beside and moved in at the end. Raises CheckpointError (see `published.save_published`).
     """
     folder = Path(folder)
     base = resolve_model_dir(model.config._name_or_path)
@@ -38,7 +38,7 @@ def save_into(model, folder: str | Path, state_dict: Mapping[str, torch.Tensor] 
 
 
 def _base_dtype(model) -> torch.dtype:
-    """What the base checkpoint is stored in: training keeps some weights in fp32 that need not be saved so."""
+    """The dtype the base checkpoint is stored in: training keeps some weights in fp32 that need not be saved so."""
     dtype = getattr(model.config, "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 

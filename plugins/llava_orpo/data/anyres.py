@@ -1,11 +1,10 @@
 """LLaVA-NeXT's anyres tiles and image tokens, from an image's width and height alone.
 
-An image is scaled into the grid resolution that keeps most of its pixels, padded, and cut into square tiles;
-one more tile, the base, holds the whole image. The model drops the padding from the tiles' features again and
-ends each feature row with a newline token (LLaVA-NeXT,
-https://llava-vl.github.io/blog/2024-01-30-llava-next/). The arithmetic, floats and rounding included, is that
-of transformers 5.5.4: `select_best_resolution`, `image_size_to_num_patches`, `unpad_image` and
-`LlavaNextModel.pack_image_features`.
+An image is scaled into the grid resolution that keeps most of its pixels, padded, and cut into square tiles; one more
+tile, the base, holds the whole image. The model drops the padding from the tiles' features again and ends each feature
+row with a newline token (LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next/). The arithmetic, floats
+and rounding included, is that of transformers 5.5.4: `select_best_resolution`, `image_size_to_num_patches`,
+`unpad_image` and `LlavaNextModel.pack_image_features`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class AnyresGeometry:
 
     @classmethod
     def from_config(cls, config) -> AnyresGeometry:
-        """Geometry of a transformers LlavaNextConfig."""
+        """The geometry of a transformers LlavaNextConfig."""
         return cls(
             image_size=config.vision_config.image_size,
             patch_size=config.vision_config.patch_size,

@@ -1,14 +1,13 @@
 """Exact prompt and response text, and token ids, of each LLaVA-1.6 checkpoint.
 
-The text is what the checkpoint's own chat template renders; the ids are what its tokenizer gives for that
-text. Two things need care:
+The text is what the checkpoint's own chat template renders; the ids are what its tokenizer gives for that text. Two
+things need care:
 
-- A literal "<image>" or "</s>" in a question or answer must stay text. Ids are made by a copy of the
-  tokenizer in which every special token has a private random name; only the format itself, never a text, uses
-  those names.
-- Where the prompt ends and the response begins. Prompt and responses are tokenized apart, so the prompt once a pair,
-  only where that provably gives the ids of the whole strings (`PrivateTokenizer.joined_to_the_end`). Elsewhere whole
-  strings are tokenized and then cut.
+- A literal "<image>" or "</s>" in a question or an answer must stay text. So the ids come from a copy of the tokenizer
+  in which every special token has a private random name; only the format itself, never a text, uses those names.
+- The prompt must end where the response begins. Prompt and responses are tokenized apart, hence the prompt once per
+  pair, only where this provably gives the ids of the whole strings (`PrivateTokenizer.joined_to_the_end`). Elsewhere
+  whole strings are tokenized and then cut.
 """
 
 from __future__ import annotations
@@ -69,11 +68,9 @@ class Conversation:
         system: str | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> list[int]:
-        """Token ids of `render_prompt`: BOS as the tokenizer adds it, the image as exactly one placeholder
-        id.
+        """Token ids of `render_prompt`: BOS as the tokenizer adds it, the image as exactly one placeholder id.
 
-        Equals tokenizer(render_prompt(...)).input_ids, but for special-token literals in the texts: they stay
-        text.
+        Equals tokenizer(render_prompt(...)).input_ids, except that special-token literals in the texts stay text.
 
         Raises:
             ValueError: as `encode_pairs`.
@@ -91,16 +88,15 @@ class Conversation:
     ) -> list[tuple[list[int], list[int], list[int]]]:
         """Token ids of preference pairs, as a list of (prompt_ids, chosen_ids, rejected_ids).
 
-        prompt_ids + chosen_ids equals tokenizer(prompt + response text).input_ids, likewise rejected, but for
-        special-token literals in question or answers: they stay text. prompt_ids has the image as
-        exactly one placeholder id (see `expand_image_token`) and equals `encode_prompt`, unless the tokenizer
-        has a piece that joins the end of the prompt with the start of an answer (possible in chatml, when an
-        answer opens with a newline): then such a piece, and whatever it made differ before it, belongs to the
-        responses.
+        prompt_ids + chosen_ids equals tokenizer(prompt + response text).input_ids, and likewise for rejected_ids,
+        except that special-token literals in the texts stay text. prompt_ids has the image as exactly one placeholder
+        id (see `expand_image_token`) and equals `encode_prompt`, unless the tokenizer has a piece that joins the end
+        of the prompt with the start of an answer (possible in chatml, when an answer opens with a newline): such a
+        piece, and whatever differs before it because of it, then belongs to the responses.
 
         Args:
             tokenizer: a fast transformers tokenizer with a BPE model.
-            questions, chosen, rejected, has_image: one entry a pair.
+            questions, chosen, rejected, has_image: one entry per pair.
         Raises:
             ValueError: lengths differ, or the tokenizer does not fit the format.
         """
@@ -135,7 +131,7 @@ class Conversation:
         before it ended. The image is one placeholder in the first prompt. Special-token literals stay text.
 
         Raises:
-            ValueError: as `encode_pairs`, or no turn.
+            ValueError: as `encode_pairs`, or there is no turn.
         """
         if not turns:
             raise ValueError("a conversation needs at least one turn")
@@ -174,7 +170,7 @@ def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -
 
 
 def _cut(end: int, chosen, rejected) -> tuple[list[int], list[int], list[int]]:
-    """Cut two encodings of the same prompt where the prompt ends, at character `end`."""
+    """Cuts two encodings of the same prompt where the prompt ends, at character `end`."""
     a, b = chosen.ids, rejected.ids
     n = min(_tokens_before(chosen, end), _tokens_before(rejected, end))
     # A piece across the end of the prompt in one of the two may have changed the pieces before it.
@@ -184,7 +180,7 @@ def _cut(end: int, chosen, rejected) -> tuple[list[int], list[int], list[int]]:
 
 
 def _tokens_before(encoding, end: int) -> int:
-    """Number of tokens before the one that holds character `end`."""
+    """The number of tokens before the one that holds character `end`."""
     token = encoding.char_to_token(end)
     while token is None:  # the tokenizer drops this character; the end token, at the latest, is kept
         end += 1

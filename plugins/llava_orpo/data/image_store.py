@@ -1,8 +1,8 @@
 """References to images, so that no pass over a dataset writes the images again.
 
-`datasets.map` writes every column it returns. For RLAIF-V (about 160 kB an image, 83,132 rows) that would be
-some 13 GB a pass. So rows carry a short string instead, and the original bytes are read where they are needed
-(in the dataloader's workers) from the one Arrow copy that `datasets` makes on loading:
+`datasets.map` writes every column it returns. For RLAIF-V (about 160 kB per image, 83,132 rows) that would be some
+13 GB per pass. So rows carry a short string instead, and the original bytes are read where they are needed (in the
+dataloader's workers) from the one Arrow copy that `datasets` makes on loading:
 
     arrow:<Arrow file>#<column>#<row>      an image inside a memory-mapped Arrow file
     <path>                                 an image file

@@ -1,9 +1,9 @@
 """Images as LLaVA reads them: their size from the header alone, their pixels as RGB.
 
 LLaVA opens a file and calls `convert("RGB")` (load_image in llava/eval/run_llava.py, LazySupervisedDataset in
-llava/train/train.py): the first frame of an animation, alpha dropped, EXIF rotation not applied. So here,
-with one exception: Pillow's own conversion of 16-bit greyscale ("I;16", "I") clips every value above 255 to
-white; those keep their high byte instead, as Pillow does for 16-bit RGB.
+llava/train/train.py): it takes the first frame of an animation, drops alpha and does not apply EXIF rotation. This
+module does the same with one exception: Pillow's own conversion of 16-bit greyscale ("I;16", "I") clips every value
+above 255 to white; here those values keep their high byte, as Pillow does for 16-bit RGB.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def decode_rgb(source: Source) -> Image.Image:
 
 
 def verify(source: Source) -> None:
-    """Decode the whole (first) frame and throw it away.
+    """Decodes the whole (first) frame and throws it away.
 
     Raises:
         ImageError: as decode_rgb.
@@ -85,7 +85,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 
 
 def _grey16(image: Image.Image) -> Image.Image:
-    """Mode I;16 or I to L. Mode I comes from files of 16 bits and of fewer: only values above 255 tell."""
+    """Converts mode I;16 or I to L. Mode I comes from files of 16 or fewer bits: only values above 255 tell which."""
     values = np.asarray(image).astype(np.int64)
     if image.mode != "I" or values.max() > 255:
         values = values.clip(0, 65535) >> 8

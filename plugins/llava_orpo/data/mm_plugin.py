@@ -1,8 +1,8 @@
-"""Images in, image tokens and pixel_values out, as LLaVA-1.6 does it.
+"""Images as LLaMA-Factory's multimodal plugin: image tokens and pixel_values as LLaVA-1.6 makes them.
 
-Differences to LLaMA-Factory's own LlavaNextPlugin: images reach the processor at their original size (no
-shrinking to 768*768 pixels), as RGB without EXIF rotation; the number of image tokens comes from width and
-height alone; a reference (see `image_store`) is read where the pixels are needed.
+Differences from the stock LlavaNextPlugin: images reach the processor at their original size (they are not shrunk to
+768*768 pixels), as RGB without EXIF rotation; the number of image tokens comes from width and height alone; a reference
+(see `image_store`) is read where the pixels are needed.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ OTHER_FORMATS = {"pair_id": "", "dataset": "", "source": "unknown", "question_ty
 
 @dataclass
 class PairProcessor(PairwiseDatasetProcessor):
-    """Tokenizes pairs for the shared-prefix collator, or for LLaMA-Factory's own (`shared_prefix: false`).
+    """Tokenizes pairs for the shared-prefix collator, or for the stock one (`shared_prefix: false`).
 
     Output columns: question (the user's words), prompt_ids (one image placeholder), chosen_ids, rejected_ids (response
     tokens with the end token), num_image_tokens, image (reference or None) with its width and height, the fields of
-    `IDENTITY` (blank for other LLaMA-Factory formats), and skip (a reason, empty for a good pair: the caller drops and
-    lists those rows). With `shared_prefix: false` also LLaMA-Factory's
+    `IDENTITY` (blank for other LLaMA-Factory formats), and skip (a reason; empty for a good pair). The caller drops and
+    lists the rows with a reason. With `shared_prefix: false` also the stock columns:
     {chosen,rejected}_{input_ids,attention_mask,labels}, images, videos, audios.
     """
 
@@ -40,7 +40,7 @@ class PairProcessor(PairwiseDatasetProcessor):
         questions = [messages[-1]["content"] for messages in examples["_prompt"]]
         answers = [[response["content"] for response in pair] for pair in examples["_response"]]
         refs = [images[0] if images else None for images in examples["_images"]]
-        for i in range(n):  # other LLaMA-Factory formats mark the image's place in the text; ours never do
+        for i in range(n):  # other LLaMA-Factory formats mark the image's place in the text; ours never does
             if identities[i] is None and refs[i] is not None:
                 questions[i] = questions[i].replace(PLACEHOLDER + "\n", "", 1).replace(PLACEHOLDER, "", 1)
         usable = [len(examples["_prompt"][i]) == 1 and len(answers[i]) == 2 for i in range(n)]
@@ -108,7 +108,7 @@ class PairProcessor(PairwiseDatasetProcessor):
         return columns
 
     def _two_sequences(self, row: dict[str, Any]) -> dict[str, Any]:
-        """LLaMA-Factory's own columns: prompt + chosen and prompt + rejected, image tokens written out."""
+        """The stock columns: prompt + chosen and prompt + rejected, image tokens written out."""
         prompt = full_prompt_ids(row, self.tokenizer.convert_tokens_to_ids(self.template.mm_plugin.image_token))
         out = {"images": [row["image"]] if row["image"] else [], "videos": [], "audios": []}
         for side in ("chosen", "rejected"):

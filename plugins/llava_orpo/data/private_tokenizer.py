@@ -24,9 +24,9 @@ class PrivateTokenizer:
         response: tokenizes what follows a prompt: no BOS, no word-start mark added in front.
         conversation: the texts around each message.
         joined_to_the_end: the characters that some piece of the vocabulary has right after the last character of a
-            prompt; None when the tokenizer does more than this can tell, and nothing may be tokenized apart. BPE
-            joins two characters only in a piece that has them side by side: where none has the two characters at
-            the cut, nothing is joined across it, and both sides come out as they would alone.
+            prompt; None when the tokenizer does more than this analysis covers, and nothing may be tokenized apart.
+            BPE joins two characters only in a piece that has them side by side: if no piece has the two characters at
+            the cut, nothing is joined across it, and both sides get the same ids as they would alone.
     """
 
     whole: object
@@ -93,7 +93,7 @@ def _without_word_start(spec: dict) -> dict:
 
 
 def _joined_after(spec: dict, last: str) -> frozenset[str] | None:
-    """Characters of a text that some piece has right after `last`; None if the vocabulary alone cannot tell."""
+    """The characters of a text that some piece has right after `last`; None if the vocabulary alone cannot tell."""
     model, splitter = spec["model"], spec["pre_tokenizer"]
     space = {"String": " "}
     plain = (

@@ -48,7 +48,7 @@ def read_request(name: str, entry: dict[str, Any], arguments: PluginArguments) -
 
 
 def index_images(batch, indices, *, column, file, media_dirs, verify, version):
-    """One row of index per image: reference, content hash, size, problem. Reads headers, not pixels.
+    """One index row per image: reference, content hash, size, problem. Reads headers, not pixels.
 
     With `verify="full"` every image is decoded once. Batched function for `datasets.map`.
     """
@@ -171,7 +171,7 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
 
 
 def _choose(texts: Dataset, index: Dataset, request: DatasetRequest) -> list[int]:
-    """Row numbers that survive filter, part, bad rows and sample limits, in order."""
+    """The numbers of the rows that remain after filter, part, bad rows and sample limits, in order."""
     table = texts.to_list()
     kept = list(range(len(table)))
     for conditions in (request.entry_filter, request.arguments.dataset_filter):
@@ -214,7 +214,7 @@ def _choose(texts: Dataset, index: Dataset, request: DatasetRequest) -> list[int
 
 @dataclass
 class RlaifVConverter(DatasetConverter):
-    """One row with its image index, to LLaMA-Factory's standard format.
+    """Converts one row with its image index to LLaMA-Factory's standard format.
 
     `_prompt` holds the bare question: the template puts the image before it, so an `<image>` that a question
     or answer contains is text. `_images` holds a reference (see `image_store`). `_identity` carries the pair's

@@ -1,4 +1,4 @@
-"""RLAIF-V rows as plain Python: fields, subsets, filters, the held-out split. No LLaMA-Factory here.
+"""RLAIF-V rows as plain Python: fields, subsets, filters, the held-out split. It does not need LLaMA-Factory.
 
 Schema of openbmb/RLAIF-V-Dataset (strings but for the image): ds_name, image {bytes, path}, question, chosen,
 rejected, origin_dataset, origin_split, idx, image_path. `origin_split` is a JSON string that holds the
@@ -88,7 +88,7 @@ def question_type_of(row: Mapping[str, Any]) -> str:
 
 
 def pair_id_of(row: Mapping[str, Any], number: int) -> str:
-    """`<idx>-<8 hex digits of the texts>`; the row number stands in where a row has no idx."""
+    """`<idx>-<8 hex digits of the texts>`; a row without an idx gets its row number instead."""
     idx = row.get("idx")
     texts = "\0".join(str(row.get(field)) for field in ("question", "chosen", "rejected", "text"))
     return f"{number if idx in (None, '') else idx}-{hashlib.blake2b(texts.encode(), digest_size=4).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Rows that are left out: the list of them, and how many a recipe allows."""
+"""Skipped rows: their list, and how many of them a recipe allows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_skipped(folder: str, entries: list[dict[str, Any]], rank: int = 0) -> 
 
 
 def report_skipped(skipped: list[dict[str, Any]], considered: int, limit: float, folder: str, write: bool) -> None:
-    """Lists skipped rows in `<folder>/skipped_rows.jsonl`, in the place of an earlier run's list.
+    """Lists skipped rows in `<folder>/skipped_rows.jsonl`, which replaces the list of an earlier run.
 
     Args:
         skipped: the rows, of `considered` in all; limit: the recipe's `max_skipped_fraction`.

@@ -14,7 +14,7 @@ from .conversation import CONVERSATIONS, Conversation, expand_image_token
 
 @dataclass
 class ExactTemplate(Template):
-    """A template whose ids are those of the whole rendered conversation, never of pieces glued together.
+    """A template whose ids are those of the whole rendered conversation, never of pieces put together.
 
     Used by chat, webchat, api and export; pairwise training goes through `pairs.PairProcessor`, which calls the same
     conversation in batches.

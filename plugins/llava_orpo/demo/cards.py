@@ -9,7 +9,7 @@ from html import escape
 
 from .models import Comparison, ScoredAnswer
 
-FULL_COLOUR = 6.0  # nats: a token of probability 0.25 % or less is fully coloured
+FULL_COLOUR = 6.0  # nats: a token with a probability of 0.25 % or less is fully coloured
 
 
 def header(base: str, aligned: str) -> str:
@@ -22,7 +22,7 @@ def header(base: str, aligned: str) -> str:
 
 
 def answer_card(role: str, label: str, text: str, state: str = "done", other: str | None = None) -> str:
-    """One model's answer. state: empty, waiting, writing or done; words that `other` has not are marked."""
+    """One model's answer. state: empty, waiting, writing or done. Words that `other` does not have are marked."""
     body = marked(text, other) if other is not None else escape(text)
     if state == "empty":
         body = '<span class="hint">The answer appears here.</span>'
@@ -39,7 +39,7 @@ def answer_card(role: str, label: str, text: str, state: str = "done", other: st
 
 
 def marked(text: str, other: str) -> str:
-    """Escaped text with the words that `other` does not have, in order, in <mark>."""
+    """The escaped text; words that `other` does not have, in order, are in <mark>."""
     words, others = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", other)
     out = []
     for kind, start, end, _, _ in difflib.SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
@@ -66,7 +66,7 @@ def comparison_card(role: str, label: str, comparison: Comparison | None) -> str
 
 
 def scored_text(name: str, answer: ScoredAnswer, preferred: bool) -> str:
-    """One answer, each token's background the stronger the less likely it is."""
+    """One answer; the less likely a token is, the stronger its background."""
     worst_text, worst, _ = min(answer.tokens, key=lambda token: token[1])
     tokens = "".join(token_span(*token, last=i == len(answer.tokens) - 1) for i, token in enumerate(answer.tokens))
     return (
@@ -78,7 +78,7 @@ def scored_text(name: str, answer: ScoredAnswer, preferred: bool) -> str:
 
 
 def token_span(text: str, logp: float, count: int, last: bool) -> str:
-    """One token as a span; its strength in 0 to 1 is a CSS variable."""
+    """One token as a span; its strength, from 0 to 1, is a CSS variable."""
     strength = min(-logp / FULL_COLOUR, 1.0)
     title = f"{number(logp)} nats, {probability(logp)}" + (f", {count} tokens" if count > 1 else "")
     kind = "token end" if last else "token"
@@ -88,7 +88,7 @@ def token_span(text: str, logp: float, count: int, last: bool) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals with a real minus sign."""
+    """The value with three decimals and a real minus sign."""
     return f"{value:.3f}".replace("-", "−")
 
 

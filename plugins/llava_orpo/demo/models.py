@@ -34,14 +34,14 @@ _DEVICE = threading.Lock()  # one request computes at a time: the adapter is swi
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the two models on the page. adapter: switch the session's PEFT adapter on or off; None: there is none."""
+    """One of the two models on the page. adapter: whether the session's PEFT adapter is on; None if it has none."""
 
     label: str
     session: Session
     adapter: bool | None = None
 
     def chosen(self) -> AbstractContextManager:
-        """The model as this candidate while the context lasts. Needs the device's lock."""
+        """The model as this candidate, while the context lasts. The caller must hold the device's lock."""
         return self.session.model.disable_adapter() if self.adapter is False else nullcontext()
 
 
@@ -61,7 +61,7 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one model makes of answers a and b. margin: mean log-prob of a minus that of b; 0 is a tie."""
+    """One model's scores of answers a and b. margin: mean log-prob of a minus that of b; 0 is a tie."""
 
     a: ScoredAnswer
     b: ScoredAnswer
@@ -88,7 +88,7 @@ def load_candidates(recipe: dict, aligned: str, output_dir: str) -> tuple[Candid
 
 
 def read_image(path: str | Path) -> bytes:
-    """The bytes of an uploaded image. Raises images.ImageError for another format, or too many pixels."""
+    """The bytes of an uploaded image. Raises images.ImageError for another format or too many pixels."""
     data = Path(path).read_bytes()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -117,7 +117,7 @@ class _Stop(StoppingCriteria):
 
 
 def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tokens: int) -> Iterator[str]:
-    """The greedy answer as far as it is written, again and again until it is whole.
+    """Yields the greedy answer as far as it is written, again and again until it is whole.
 
     Generation runs in a thread of its own and stops when the iterator is closed. Errors are raised here.
     """
@@ -152,7 +152,7 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
 
 
 def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -> Comparison:
-    """Both answers in one forward behind the shared prompt; the numbers are those of `evals/preference.py`.
+    """Scores both answers in one forward behind the shared prompt; the numbers are those of `evals/preference.py`.
 
     Raises ValueError for equal answers and for what the recipe's cutoff_len would cut.
     """

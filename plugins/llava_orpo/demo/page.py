@@ -22,7 +22,7 @@ MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 
 
 def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new_tokens: int) -> gr.Blocks:
-    """The page. examples: {"image": path, "question", "chosen", "rejected"} each."""
+    """The page. examples: each {"image": path, "question", "chosen", "rejected"}."""
     labels = [candidate.label for candidate in candidates]
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", radius_size="lg", font=list(FONTS), font_mono=list(MONO)
@@ -138,7 +138,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
 
 
 def panel(html: str) -> gr.HTML:
-    """Where one model's answer or preference is shown."""
+    """The place where one model's answer or preference is shown."""
     return gr.HTML(html, min_height=132, padding=False, elem_classes="answers")
 
 
@@ -159,7 +159,7 @@ def checked(path: str | None, question: str) -> tuple[bytes, str]:
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """What a user can mend becomes a message on the page; all else stays an error, printed with its traceback."""
+    """Errors the user can fix become a message on the page; all others stay errors, printed with their traceback."""
     try:
         yield
     except (ValueError, ImageError) as error:
@@ -167,7 +167,7 @@ def messages() -> Iterator[None]:
 
 
 def check_upload(path: str) -> str | None:
-    """Takes a file that is no image, or too large an image, off the page again and says why."""
+    """Removes a file that is not an image, or too large an image, from the page and says why."""
     with messages():
         read_image(path)
         return gr.skip()
@@ -175,7 +175,7 @@ def check_upload(path: str) -> str | None:
 
 
 def read_examples(path: Path, count: int, folder: Path) -> list[dict]:
-    """One pair each of the first `count` images in a parquet of RLAIF-V's schema; the images become files in `folder`.
+    """One pair per image for the first `count` images of a parquet in RLAIF-V's schema; writes the images to `folder`.
 
     Where an image has several pairs, image i shows its pair i (cyclic), so that all kinds of questions occur.
     """

@@ -1,4 +1,4 @@
-"""Two models' answers to the same prompts, side by side, and what a series of verdicts on them amounts to."""
+"""Two models' answers to the same prompts, side by side, and the counts of a series of verdicts on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..files import inside, read_jsonl
 from ..preference.metrics import wilson_interval
 
 OUTCOMES = ("a", "tie", "b")  # which answer is better
-DATASET_ANSWERS = ("chosen", "rejected")  # may stand in for a model's answers
+DATASET_ANSWERS = ("chosen", "rejected")  # may be given in place of a model's name
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
     """(name of a, name of b, pairs) out of generations.jsonl.
 
     Args:
-        a, b: model names as in "answers", or `chosen` / `rejected` for the dataset's own. Where the file has
-            two models and neither is given, b is the first one (usually the base) and a the second.
+        a, b: model names as in "answers", or `chosen` / `rejected` for the dataset's own. If the file has two models
+            and neither is given, b is the first one (usually the base) and a the second.
     Raises:
-        UserError: no such file or model; the remedy is named.
-        UserError: a damaged line, or an image outside the file's folder or missing, named with the line.
+        UserError: there is no such file or model (the remedy is named); a line is damaged, or its image is missing or
+            outside the file's folder (the line is named).
     """
     if not path.is_file():
         raise UserError(f"There is no {path}. evals/generate.py writes generations.jsonl.")
@@ -62,7 +62,7 @@ def read_answer_pairs(path: Path, a: str | None, b: str | None) -> tuple[str, st
     pairs = []
     for where, line in lines:
         sides = [line[name] if name in DATASET_ANSWERS else line["answers"].get(name) for name in (a, b)]
-        if None in sides:  # a model whose run left this prompt out
+        if None in sides:  # a model that was run without this prompt
             continue
         image = _image(path.parent, line["image"], where)
         pairs.append(AnswerPair(line["dataset"], line["pair_id"], line["subset"], line["question"], image, *sides))
@@ -84,9 +84,9 @@ def tally(outcomes: Sequence[str]) -> dict[str, Any]:
     """Counts of "a", "b" and "tie" as win, tie and loss of a, with 95 % Wilson intervals and a sign test.
 
     Returns:
-        n, win, tie, loss; `win_rate` (wins of all), `loss_rate`, `decided_rate` (wins of the pairs that are
-        no tie), each with `_low` and `_high`; `sign_test_p` (two-sided binomial test on the decided pairs).
-        Rates of nothing are None.
+        n, win, tie, loss; `win_rate` (wins out of all), `loss_rate`, `decided_rate` (wins out of the pairs without a
+        tie), each with `_low` and `_high`; `sign_test_p` (two-sided binomial test on the decided pairs). A rate is
+        None if there is nothing to count.
     """
     counts = Counter(outcomes)
     n, win, loss = len(outcomes), counts["a"], counts["b"]

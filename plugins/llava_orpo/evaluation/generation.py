@@ -54,7 +54,7 @@ def named_models(recipe: dict[str, Any], models: str | list | None) -> dict[str,
 
 
 def unique_prompts(rows, limit: int | None = None) -> list[int]:
-    """Positions of the first pair of each (image, prompt), at most `limit` of them, evenly spread."""
+    """Positions of the first pair of each (image, prompt); at most `limit` of them, evenly spread."""
     seen: dict[tuple, int] = {}
     for position, row in enumerate(rows):
         seen.setdefault((row["image_hash"] or row["image"], tuple(row["prompt_ids"])), position)
@@ -71,7 +71,7 @@ def answers(
 ) -> dict[int, dict[str, Any]]:
     """{position: {"dataset", "pair_id", "answer"} or {…, "bad_image": reason}}, saved ones included.
 
-    name: of the model; its answers are saved in `folder` under it as they come. restart: do not use saved ones.
+    name: the model's; its answers are saved in `folder` under this name as they come. restart: saved ones are not used.
     """
     used = dataclasses.asdict(settings) if settings.temperature else settings.max_new_tokens
     parts = json.dumps([fingerprint(session), used])
@@ -90,8 +90,8 @@ def answers(
 def generate(session: Session, positions: Sequence[int], settings: Settings) -> Iterator[list[dict[str, Any]]]:
     """Answers to the prompts of session.rows[positions], a list of records per batch, longest prompts first.
 
-    Plain transformers `generate` on left-padded batches. Sampling draws from a generator per prompt (see
-    `SeededSampling`): the batch a prompt is in does not change its draws.
+    Uses plain transformers `generate` on left-padded batches. Sampling draws from one generator per prompt (see
+    `SeededSampling`), so the batch a prompt is in does not change its draws.
     """
     ids = scoring.unique_ids(session.rows)
     image_token = unwrap(session.model).config.image_token_id
@@ -138,7 +138,7 @@ def batch_inputs(session: Session, sequences: Sequence[Sequence[int]], pictures:
 def answer_batch(
     session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int, processors: Sequence = (), **streaming
 ) -> list[str]:
-    """Texts that the model generates for a batch of `batch_inputs`, by plain transformers `generate`.
+    """The texts that the model generates for a batch of `batch_inputs`, by plain transformers `generate`.
 
     Greedy, unless `processors` hold a SeededSampling. A checkpoint's generation_config.json changes nothing.
     streaming: a streamer and stopping_criteria for `generate`.
@@ -166,7 +166,7 @@ def answer_batch(
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, (n, longest), padding on the left."""
+    """input_ids and attention_mask, (n, longest), padded on the left."""
     width = max(map(len, sequences))
     ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
@@ -174,7 +174,7 @@ def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch
 
 
 def end_tokens(conversation: Conversation, tokenizer) -> list[int]:
-    """Ids that end an answer: the one of the training format and the tokenizer's own."""
+    """The ids that end an answer: that of the training format and the tokenizer's own."""
     trained = tokenizer.convert_tokens_to_ids(conversation.response[1])
     return sorted({trained, tokenizer.eos_token_id})
 
@@ -186,7 +186,7 @@ def prompt_seed(row: dict[str, Any], seed: int) -> int:
 
 
 def describe(session: Session, position: int, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A line of generations.jsonl without answers; the image's original bytes go to images/<hash>.<ext>."""
+    """One line of generations.jsonl without answers; writes the image's original bytes to images/<hash>.<ext>."""
     row, tokenizer = session.rows[position], session.tokenizer
     image = None
     if row["image"] is not None:

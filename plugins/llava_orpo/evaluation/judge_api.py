@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key never shown."""
+"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key that is never shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UserError
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 HOPELESS = (401, 403, 404)  # the same for every request: wrong key, address or model name
 LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
-LONGEST_WAIT = 600.0  # a server that asks for more is given up
+LONGEST_WAIT = 600.0  # if a server asks for more, the request fails
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -33,14 +33,13 @@ class ChatClient:
     """Sends chat requests to `<base_url>/chat/completions`; usable from many tasks of one event loop.
 
     Args:
-        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises UserError when it carries a
-            password.
-        api_key_env: name of the environment variable that holds the key. The key goes into the Authorization
-            header and nowhere else: texts from the server are cleared of it. Raises UserError when it is not
-            set and the endpoint is not on this machine.
-        timeout: seconds for a whole answer; connecting gets at most 10.
-        retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most
-            60, of which a random half to all is waited; what a Retry-After header asks for comes on top.
+        base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises UserError when it carries a password.
+        api_key_env: name of the environment variable that holds the key. The key goes into the Authorization header
+            and nowhere else: texts from the server are cleared of it. Raises UserError when it is not set and the
+            endpoint is not on this machine.
+        timeout: seconds for a whole answer, of which connecting may take at most 10.
+        retries: tries after the first. The pause between them doubles from `first_wait` seconds to at most 60; a
+            random part of it, at least half, is waited. What a Retry-After header asks for is added.
     """
 
     def __init__(self, base_url: str, api_key_env: str, timeout: float, retries: int, first_wait: float = 1.0):
@@ -108,7 +107,7 @@ class ChatClient:
 
 
 def _answer(response: httpx.Response) -> dict[str, Any] | None:
-    """Text and token counts of a chat completion; None for a body that is none."""
+    """Text and token counts of a chat completion; None for any other body."""
     try:
         body = response.json()
         return {"text": body["choices"][0]["message"]["content"] or "", "usage": body.get("usage") or {}}
@@ -117,7 +116,7 @@ def _answer(response: httpx.Response) -> dict[str, Any] | None:
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number, or an HTTP date; 0 when absent or neither."""
+    """Seconds that a Retry-After header asks for, as a number or an HTTP date; 0 when it is absent or neither."""
     if not header:
         return 0.0
     try:

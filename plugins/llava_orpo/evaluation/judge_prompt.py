@@ -48,12 +48,10 @@ _ALONE = re.compile(rf"^\W*{_WORD}\W*$", re.IGNORECASE)
 
 
 def parse_verdict(text: str) -> str | None:
-    """ "A", "B" or "tie" as the judge said, None when it said none of them clearly.
+    """The verdict of a judge's answer: "A", "B" or "tie"; None when the answer says none of them clearly.
 
-    Read, in this order: a JSON object with "verdict" or "winner", the last line that ends with a labelled
-        verdict,
-    MT-bench's [[A]] ([[C]] is a tie), a last line that is nothing but the verdict. Thoughts in <think> don't
-    count.
+    Read, in this order: a JSON object with "verdict" or "winner", the last line that ends with a labelled verdict,
+    MT-bench's [[A]] ([[C]] is a tie), a last line that is nothing but the verdict. Thoughts in <think> don't count.
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL | re.IGNORECASE).strip()
     for start in (found.start() for found in reversed(list(re.finditer(r"\{", text)))):

@@ -1,4 +1,4 @@
-"""LLM-as-a-judge: requests, verdicts and what they amount to."""
+"""LLM-as-a-judge: requests, verdicts and their counts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .judge_prompt import REMINDER, RULES, TASK, parse_verdict
 REQUEST = {"temperature": 0, "max_tokens": 512}
 ORDERS = ("ab", "ba")  # which side is shown first
 REMINDERS = 2  # how often a judge is asked again for a verdict that can be read
-GIVE_UP = 10  # failures in a row after which the endpoint is taken for broken
-ANSWER_TOKENS = 200  # of a short reasoning with its verdict, for the estimate
+GIVE_UP = 10  # after so many failures in a row the endpoint is taken for broken
+ANSWER_TOKENS = 200  # tokens of a short reasoning with its verdict, for the estimate
 SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 
 
@@ -78,7 +78,7 @@ def read_verdicts(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, own: dict[str, Any]) -> None:
-    """Prints what will be sent and what it may cost; asks unless `yes`. Raises UserError for a no."""
+    """Prints what will be sent and what it may cost, and asks unless `yes` is set. Raises UserError for a no."""
     tasks = list(tasks)
     sizes = [text_tokens(RULES + criteria + TASK + p.question + p.a + p.b) + image_tokens(p.image) for p, _ in tasks]
     tokens_in, tokens_out = sum(sizes), ANSWER_TOKENS * len(tasks)
@@ -97,12 +97,12 @@ def confirm(tasks: Iterable[tuple[AnswerPair, str]], done: int, criteria: str, o
 
 
 def text_tokens(text: str) -> int:
-    """About four characters a token."""
+    """An estimate: about four characters per token."""
     return len(text) // 4 + 1
 
 
 def image_tokens(image: Path | None) -> int:
-    """OpenAI's rule for high detail: 85 and 170 per 512-pixel tile, fitted to 2048 and a shorter side of 768."""
+    """OpenAI's rule for high detail: 85, and 170 per 512-pixel tile, fitted to 2048 and a shorter side of 768."""
     if image is None:
         return 0
     with Image.open(image) as opened:
@@ -205,10 +205,10 @@ def summarize(
 ) -> dict[str, Any]:
     """Counts of `tally` over the pairs with both verdicts, and how much the order of the answers mattered.
 
-    Adds not_judged; identical (pairs with the same answer twice: a tie, not sent); orders_disagree (pairs
-    whose verdicts name different winners, or one a tie) and its `disagreement_rate`; `position_bias_rate`
-    (pairs in which the same place won twice), both of the pairs that were sent; `first_place_share` (of the
-    verdicts that are no tie); usage; subsets; outcomes (a line a pair).
+    Adds not_judged; identical (pairs with the same answer twice: a tie that is not sent); orders_disagree (pairs whose
+    verdicts name different winners, or one of them a tie) and its `disagreement_rate`; `position_bias_rate` (pairs in
+    which the same place won twice), both out of the pairs that were sent; `first_place_share` (out of the verdicts
+    without a tie); usage; subsets; outcomes (one line per pair).
     """
     outcomes, by_subset = [], {}
     disagree = same_place = same_text = 0
@@ -251,7 +251,7 @@ def summarize(
 
 
 def print_summary(summary: dict[str, Any], failed: dict[str, str]) -> None:
-    """Counts, position bias and failures as text."""
+    """Prints counts, position bias and failures."""
     print(tally_text(summary["a"], summary["b"], summary))
     if summary["identical"]:
         print(f"  identical answers  {summary['identical']}, counted as ties and not sent")

@@ -1,8 +1,8 @@
 """A loaded recipe as a model of lmms-eval: exact training prompts, batches, adapters and quantized models.
 
-lmms-eval 0.7.3's own llava_hf takes none of these: it has no adapters and no batches, falls back to Vicuna's
-prompt when the tokenizer has no chat template of its own (llava-hf keeps it with the processor), and turns an
-error during generation into an empty answer.
+lmms-eval 0.7.3's own llava_hf offers none of these: it has neither adapters nor batches, falls back to Vicuna's prompt
+when the tokenizer has no chat template of its own (llava-hf keeps it with the processor), and turns an error during
+generation into an empty answer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .session import Session
 class SessionModel(lmms):
     """lmms-eval's simple interface (text and one image) on a `Session`.
 
-    Answers are not cut at the task's `until` strings, as lmms-eval's llava_hf does not; they end at the end
-    token or max_new_tokens. Tasks with do_sample draw per question (see `SeededSampling`).
+    Like those of lmms-eval's llava_hf, answers are not cut at the task's `until` strings; they end at the end token or
+    max_new_tokens. Tasks with do_sample draw per question (see `SeededSampling`).
     """
 
     is_simple = True
@@ -85,7 +85,7 @@ class SessionModel(lmms):
 
 
 def _settings(given: dict) -> dict:
-    """What a task's generation_kwargs ask for. Raises UserError for beam search: answer_batch has none."""
+    """What a task's generation_kwargs ask for. Raises UserError for beam search, which answer_batch lacks."""
     if given.get("num_beams", 1) not in (None, 1):
         raise UserError(f"num_beams={given['num_beams']}: only greedy decoding and sampling are done here.")
     sampled = given.get("do_sample", True) and given.get("temperature")

@@ -41,10 +41,10 @@ ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejec
 
 
 class Saved:
-    """An append-only file of records, which an interrupted run leaves and the next run of the same work continues.
+    """An append-only file of records: an interrupted run leaves it, and the next run of the same work continues it.
 
-    Its first line holds a key that names the work. `records` are those of an earlier run with the same key; a file of
-    other work, or with restart, starts anew, and a last line that was cut off is dropped.
+    Its first line holds a key that names the work. `records` are those of an earlier run with the same key. The file
+    starts anew for other work and for restart, and a last line that was cut off is dropped.
     """
 
     def __init__(self, path: Path, key: str, restart: bool = False):
@@ -94,7 +94,7 @@ def evaluate_session(session: Session, folder: Path, restart: bool = False) -> E
 
 
 def score(session: Session, folder: Path, condition: str, restart: bool) -> list[ScoredRow]:
-    """All rows scored; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
+    """Scores all rows; those in `<folder>/.scored_<condition>.jsonl` from an earlier run are not scored again."""
     saved = Saved(folder / f".scored_{condition}.jsonl", fingerprint(session), restart)
     done = [ScoredRow.from_json(record) for record in saved.records]
     seen = {row.position for row in done}
@@ -116,7 +116,7 @@ def score(session: Session, folder: Path, condition: str, restart: bool) -> list
 
 
 def fingerprint(session: Session) -> str:
-    """Names what was scored: model, adapter files, data and every key that changes a score."""
+    """A name of what was scored: model, adapter files, data and every key that changes a score."""
     parts: dict[str, Any] = {key: session.recipe.get(key) for key in FROM_RECIPE}
     for key in ("model_name_or_path", "adapter_name_or_path"):
         root = Path(str(parts[key]))

@@ -11,10 +11,10 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWar
 class SeededSampling(LogitsProcessor):
     """Turns greedy `generate` into exact sampling with one generator per row.
 
-    transformers' own sampling draws for the whole batch from one stream, so an answer depends on its
-    neighbours. Here every row adds Gumbel noise of its own to its log-probs; their argmax is a sample of
-    softmax(logits / temperature) within the top_p nucleus (the Gumbel-max trick: Gumbel 1954; Maddison et
-    al., arXiv 1411.0030). Use with do_sample=False. One object serves one `generate` call.
+    transformers' own sampling draws for the whole batch from one stream, so an answer depends on its neighbours. Here
+    every row adds Gumbel noise of its own to its log-probs; their argmax is a sample of softmax(logits / temperature)
+    within the top_p nucleus (the Gumbel-max trick: Gumbel 1954; Maddison et al., arXiv 1411.0030). Use it with
+    do_sample=False. One object serves one `generate` call.
 
     Args:
         seeds: one per row, in the order of the batch.

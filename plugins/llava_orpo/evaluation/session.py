@@ -1,4 +1,4 @@
-"""Model, processor and held-out rows of a recipe, without training: what the scripts in `evals/` start from.
+"""Model, processor and held-out rows of a recipe, without training, for the commands in `evals/` that load a model.
 
 Goes through LLaMA-Factory's own loading, so a base, adapter, merged or quantized model, and any registered dataset,
 is loaded exactly as `llamafactory-cli` would.
@@ -64,7 +64,7 @@ class Session:
         return self
 
     def __exit__(self, *_error) -> None:
-        """Lets the model go: the next one may need its memory."""
+        """Releases the model, because the next one may need its memory."""
         self.model = self.collator = None
         gc.collect()
         if torch.cuda.is_available():
@@ -88,7 +88,7 @@ class Session:
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> PackedLogps:
-        """One forward over a collated batch, in the recipe's precision."""
+        """Runs one forward over a collated batch in the recipe's precision."""
         with self.precision():
             return packed_logps(self.model, batch, self.device)
 

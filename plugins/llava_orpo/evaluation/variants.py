@@ -15,7 +15,7 @@ HEAD = ["form", "on disk", "preference accuracy", "against the trained form", "a
 
 
 def measure(form: dict[str, Any], place: Path, own: dict[str, Any]) -> tuple[Evaluation, dict[str, str]]:
-    """(its evaluation, its `one_answer`) of a form, which is loaded once and let go."""
+    """(its evaluation, its `one_answer`) of a form, which is loaded once and then released."""
     place.mkdir(parents=True, exist_ok=True)
     with open_session(form, str(place)) as session:
         evaluation = evaluate_session(session, place, own["restart"])
@@ -56,7 +56,7 @@ def weight_bytes(folder: Path) -> int | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The table in Markdown."""
     lines = [f'{rows[0]["n"]} held-out pairs. "{rows[0]["question"]}" (chosen: "{rows[0]["chosen"]}")', ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for number, r in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Votes of people on answer pairs: kept safely, and what they amount to."""
+"""Votes of people on answer pairs: how they are kept, and their counts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RATER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 
 
 class VoteStore:
-    """One append-only file a rater, `<folder>/<rater>.jsonl`; a vote is on the disk when `add` returns.
+    """One append-only file per rater, `<folder>/<rater>.jsonl`; a vote is on the disk when `add` returns.
 
-    Votes name the pair by content (`AnswerPair.key`), so votes on answers that were generated anew do not
-    count. A later vote on the same pair takes the place of an earlier one; nothing is ever erased.
+    Votes name the pair by content (`AnswerPair.key`), so votes on answers that were generated anew do not count. A
+    later vote on the same pair replaces an earlier one; nothing is ever erased.
     """
 
     def __init__(self, folder: Path):
@@ -45,7 +45,7 @@ class VoteStore:
         """Appends a vote and waits until it is on the disk.
 
         Args:
-            choice: "left", "right" or "tie"; flipped: model b stood on the left.
+            choice: "left", "right" or "tie"; flipped: model b was shown on the left.
         """
         if choice not in CHOICES:
             raise UserError(f"A choice is one of {', '.join(CHOICES)}; got {choice!r}.")
@@ -69,7 +69,7 @@ class VoteStore:
     def outcomes(self, rater: str, pairs: Sequence[AnswerPair]) -> dict[str, str]:
         """{pair key: "a" | "b" | "tie"} of the rater's last vote on each of these pairs.
 
-        Raises UserError for a damaged line, named.
+        Raises UserError for a damaged line, and names it.
         """
         path, wanted = self.path(rater), {pair.key for pair in pairs}
         if not path.exists():
@@ -90,12 +90,12 @@ class VoteStore:
         return votes
 
     def raters(self) -> list[str]:
-        """Everyone who has a file."""
+        """The names of all raters who have a file."""
         return sorted(path.stem for path in self.folder.glob("*.jsonl"))
 
 
 def _drop_cut_line(file) -> None:
-    """Takes off what a crash left of a vote that was never confirmed to its rater."""
+    """Removes what a crash left of a vote that was never confirmed to its rater."""
     file.seek(0)
     data = file.read()
     if data and not data.endswith(b"\n"):
@@ -104,7 +104,7 @@ def _drop_cut_line(file) -> None:
 
 
 def flipped(seed: int, rater: str, pair: AnswerPair) -> bool:
-    """Whether model b stands on the left: a fair coin, the same whenever this rater sees this pair."""
+    """Whether model b is shown on the left: a fair coin, the same whenever this rater sees this pair."""
     text = json.dumps([seed, rater, pair.key])
     return bool(hashlib.blake2b(text.encode(), digest_size=1).digest()[0] & 1)
 
@@ -121,7 +121,7 @@ def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 def majority(votes: Sequence[str]) -> str:
-    """The category with the most votes; a tie where no single one has them."""
+    """The category with the most votes; a tie if several share them."""
     (best, most), *rest = Counter(votes).most_common()
     return "tie" if rest and rest[0][1] == most else best
 
@@ -132,13 +132,13 @@ def summarize(
     """Win rates and agreement.
 
     Args:
-        votes: {rater: {pair key: outcome}}; humans: the raters that are people (the rest agree or not, but do
-            not vote).
+        votes: {rater: {pair key: outcome}}; humans: the raters that are people (the others count for agreement, but
+            have no vote).
 
     Returns:
-        raters {name: `tally` of that rater}, majority (`tally` over pairs, one voice each; pairs in n_pairs
-        without a vote left out), agreement [{raters, n, agreement (same category), agreement_low, _high,
-        kappa}] for every two raters with common pairs.
+        raters {name: `tally` of that rater}, majority (`tally` over pairs, one vote per pair; pairs without a vote are
+        left out), agreement [{raters, n, agreement (same category), agreement_low, _high, kappa}] for every two raters
+        with common pairs.
     """
     decided = [found for pair in pairs if (found := [votes[r][pair.key] for r in humans if pair.key in votes[r]])]
     agreement = []

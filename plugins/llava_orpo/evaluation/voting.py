@@ -15,12 +15,12 @@ from .votes import VoteStore, flipped, summarize
 
 
 def next_unvoted(pairs: Sequence[AnswerPair], voted: dict[str, str], start: int = 0) -> int:
-    """Index of the first pair from `start` on without a vote; len(pairs) when none is left."""
+    """The index of the first pair from `start` on without a vote; len(pairs) when all have one."""
     return next((i for i in range(start, len(pairs)) if pairs[i].key not in voted), len(pairs))
 
 
 def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, index: int) -> dict[str, Any]:
-    """What this rater is shown of pairs[index]: progress, image, question, left, right; no model's name."""
+    """What this rater is shown of pairs[index]: progress, image, question, left, right, but no model's name."""
     voted = len(store.outcomes(rater, pairs))
     progress = f"{rater}: {voted} of {len(pairs)} voted"
     if index >= len(pairs):
@@ -38,7 +38,7 @@ def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, i
 
 
 def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
-    """The Gradio Blocks. Kept on the server per browser session: the rater's name, the index of the pair."""
+    """The Gradio Blocks. The server keeps the rater's name and the index of the pair per browser session."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 

@@ -1,8 +1,7 @@
 """Calibration samples for scripts/quantize.py: preference pairs as the embeddings the language model reads.
 
-A sample is prompt + chosen answer with its image, in the checkpoint's exact template. Vision tower and
-projector are not quantized, so they run once, here; llm-compressor then sees a plain text decoder and needs
-no tracing of image code.
+A sample is prompt + chosen answer with its image, in the checkpoint's exact template. Vision tower and projector are
+not quantized, so they run once, here; llm-compressor then sees a plain text decoder and need not trace image code.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ class Source:
 
 
 def find_source(data: str, registry: Path) -> Source:
-    """A parquet file, a folder of them, or the name of an entry of `registry`/dataset_info.json with a
-    local file.
+    """A parquet file, a folder of them, or the name of an entry with a local file in `registry`/dataset_info.json.
 
     An entry's `part` and `filter` are honoured, so calibration sees no held-out image. Raises DataError.
     """
@@ -84,10 +82,9 @@ def choose_pairs(
 ) -> tuple[list[dict[str, Any]], Counter]:
     """`count` random rows (fewer if there are fewer) as {question, chosen, rejected, image (bytes)}.
 
-    Also returns the reasons rows were passed over (unusable text or image, the other part) with their
-    counts. heldout_fraction: that of the training recipe, which decides what the `part` of a registered dataset holds.
-    Only the chosen rows' images are read. Raises DataError when no row is usable or the filter
-    matches none.
+    Also returns the reasons why rows were left out (unusable text or image, the other part) with their counts.
+    heldout_fraction: that of the training recipe, which decides what the `part` of a registered dataset holds. Only
+    the images of chosen rows are read. Raises DataError when no row is usable or the filter matches no row.
     """
     dataset = source.open()
     table = dataset.to_table(columns=[name for name in dataset.schema.names if name != "image"]).to_pylist()
@@ -128,7 +125,7 @@ def _image_bytes(value: dict[str, Any] | None, file: Path) -> bytes:
 
 
 def checkpoint_conversation(processor, folder: Path) -> Conversation:
-    """The conversation whose prompt the folder's chat template renders. Raises CheckpointError: none does."""
+    """The conversation whose prompt the folder's chat template renders. Raises CheckpointError if there is none."""
     content = [{"type": "image"}, {"type": "text", "text": PROBE}]
     rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     for conversation in CONVERSATIONS.values():
@@ -144,11 +141,10 @@ class _Reached(Exception):
 
 
 def embed_pairs(model, processor, conversation: Conversation, pairs: list[dict], device: torch.device) -> list[dict]:
-    """What the language model is given for each pair: {"inputs_embeds": (1, T, hidden), "position_ids": (1,
-    T)}, on CPU.
+    """The language model's input per pair: {"inputs_embeds": (1, T, hidden), "position_ids": (1, T)}, on CPU.
 
-    The model's own forward computes it, stopped where the language model starts; only the parts that run
-    are moved to `device`.
+    The model's own forward computes it, stopped where the language model starts; only the parts that run are put on
+    `device`.
     """
     decoder = model.model.language_model
     parts = [model.model.vision_tower, model.model.multi_modal_projector, decoder.embed_tokens]

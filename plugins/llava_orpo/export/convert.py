@@ -58,8 +58,8 @@ def target_files(
 ) -> tuple[dict[str, str], Path]:
     """Small files of the target by name, and the folder to take tokenizer.model from.
 
-    From --files-from if given, else as they were if the source was once converted from the target's layout,
-    else made from the source's.
+    They come from --files-from if it is given, else from the source's record of an earlier conversion out of the
+    target's layout, else they are made from the source's files.
     """
     sidecar = read_json(source / SIDECAR) if (source / SIDECAR).is_file() else {}
     if files_from is not None:
@@ -70,7 +70,7 @@ def target_files(
 
 
 def plan_next(source: Path, files_from: Path | None, vision_tower: Path | None) -> Plan:
-    """Original -> transformers."""
+    """Plans original -> transformers."""
     original = read_original_config(source)
     weights = open_weights(source)
     names = map_names(weights, open_weights(vision_tower) if vision_tower else None)
@@ -105,7 +105,7 @@ def plan_next(source: Path, files_from: Path | None, vision_tower: Path | None) 
 
 
 def plan_original(source: Path, files_from: Path | None) -> Plan:
-    """transformers -> original."""
+    """Plans transformers -> original."""
     config = read_config(source)
     if "quantization_config" in config:
         raise CheckpointError(f"{source} is quantized; only 16- and 32-bit checkpoints are converted.")
@@ -134,7 +134,7 @@ def plan_original(source: Path, files_from: Path | None) -> Plan:
 
 
 def make_plan(source: Path, files_from: Path | None, vision_tower: Path | None) -> Plan:
-    """Read configs and headers, check everything, read no weights. Raises CheckpointError."""
+    """Reads configs and headers, not weights, and checks everything. Raises CheckpointError."""
     if read_json(source / "config.json").get("model_type") == "llava_next":
         if vision_tower is not None:
             raise CheckpointError("--vision-tower is for original checkpoints; this one is in transformers layout.")
@@ -143,7 +143,7 @@ def make_plan(source: Path, files_from: Path | None, vision_tower: Path | None) 
 
 
 def convert(source: Path, out: Path, plan: Plan, max_shard_gb: float = 5.0, overwrite: bool = False) -> None:
-    """Run a plan: write `out` beside its place, then rename it. Raises CheckpointError."""
+    """Runs a plan: writes `out` beside its place, then renames it. Raises CheckpointError."""
     if out.resolve() == source.resolve():
         raise CheckpointError("The output folder is the source folder; choose another.")
     sizes = plan.sizes()

@@ -10,7 +10,7 @@ import yaml
 
 from ..errors import UserError
 
-# What a set's publisher says, read from its dataset card; other sets have to be named with --licence.
+# What a dataset's publisher says on its card; for other datasets the licence has to be given with licence=.
 DATA = {
     "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
     "openbmb/RLHF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0 (no commercial use)"),
@@ -26,7 +26,7 @@ NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.b
 
 
 def is_stock(readme: Path) -> bool:
-    """Whether a README.md is the template that PEFT or the Trainer writes beside an adapter: nobody's own text."""
+    """Whether a README.md is the template that PEFT or the Trainer writes beside an adapter, and no one's own text."""
     text = readme.read_text(encoding="utf-8")
     return (
         "[More Information Needed]" in text

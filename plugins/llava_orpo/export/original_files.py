@@ -1,7 +1,6 @@
-"""The small files of a LLaVA-1.6 checkpoint in either layout: config, tokenizer settings, image settings,
-chat template.
+"""The small files of a LLaVA-1.6 checkpoint in either layout: config, tokenizer and image settings, chat template.
 
-Everything here is text in, text out: dicts of file name -> content.
+Everything here turns text into text: dicts of file name -> content.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def read_original_config(folder: Path) -> dict:
 
 
 def vision_config(original: dict, vision_tower: Path | None) -> dict:
-    """Config of the CLIP vision tower: from its folder if there is one here, else that of ViT-L/14 at 336 px."""
+    """The config of the CLIP vision tower: from its folder if one is given, else that of ViT-L/14 at 336 px."""
     named = Path(original["mm_vision_tower"])
     folder = vision_tower or (named if named.is_dir() else None)
     if folder is None:
@@ -103,7 +102,7 @@ def vision_config(original: dict, vision_tower: Path | None) -> dict:
 
 
 def next_config(original: dict, vision: dict, image_token: int, vocab_size: int) -> dict:
-    """config.json of the llava_next model: the keys that llava-hf/llava-v1.6-*-hf have."""
+    """config.json of the llava_next model, with the keys that llava-hf/llava-v1.6-*-hf have."""
     kind = "mistral" if "mistral" in original["model_type"] else "llama"
     text = {key: original[key] for key in TEXT_KEYS if key in original}
     text["architectures"] = [f"{kind.capitalize()}ForCausalLM"]
@@ -240,7 +239,7 @@ def image_settings(config: dict) -> dict[str, dict]:
 
 
 def make_next_files(folder: Path, original: dict, vision_tower: Path | None) -> dict[str, str]:
-    """Small files of the llava_next folder for an original one."""
+    """The small files of the llava_next folder for an original one."""
     tokenizer, image_token = tokenizer_config(folder, original)
     used = max(original["vocab_size"] + 2, 1 + max(map(int, tokenizer["added_tokens_decoder"])))
     config = next_config(original, vision_config(original, vision_tower), image_token, -(-used // 64) * 64)
@@ -254,7 +253,7 @@ def make_next_files(folder: Path, original: dict, vision_tower: Path | None) -> 
 
 
 def make_original_files(folder: Path) -> dict[str, str]:
-    """Small files of the original folder for a llava_next one; the tokenizer keeps the added tokens."""
+    """The small files of the original folder for a llava_next one; the tokenizer keeps the added tokens."""
     files = {"config.json": json.dumps(original_config(read_config(folder)), indent=2) + "\n"}
     kept = ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
     if not (folder / TOKENIZER_MODEL).is_file():

@@ -1,8 +1,8 @@
 """Tokenizer files of a LLaVA-1.6 checkpoint in transformers format, from the original's SentencePiece model.
 
-tokenizer.json is built here because transformers 5 loads a llava_next folder's tokenizer from that file as it
-is, and what it would build from tokenizer.model gives other ids: no word-start mark, and (5.5.4) merges in
-the order of the vocabulary instead of their scores, which breaks up runs of spaces differently.
+tokenizer.json is built here because transformers 5 loads a llava_next folder's tokenizer from that file as it is. What
+it would build from tokenizer.model gives other ids: the word-start mark is missing, and (in 5.5.4) merges are in the
+order of the vocabulary instead of their scores, which splits runs of spaces differently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 def tokenizer_config(folder: Path, original: dict) -> tuple[dict, int]:
     """tokenizer_config.json with <image> as the first token after the vocabulary, and its id.
 
-    As the published checkpoints have it; the Mistral one gets <pad> too. Other settings stay the original's, but for
+    This is as in the published checkpoints; the Mistral one gets <pad> too. Other settings stay the original's, except
     `legacy`, which says what `tokenizer_json` does.
     """
     if not (folder / TOKENIZER_MODEL).is_file():
@@ -92,7 +92,7 @@ def tokenizer_json(folder: Path, config: dict) -> str:
 
 
 def _merges(pieces: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    """All ways to join two pieces into a third, best score first: the order SentencePiece joins in."""
+    """All pairs of pieces that join into a third, best score first: the order in which SentencePiece joins."""
     normal = {
         pieces.id_to_piece(i): pieces.get_score(i)
         for i in range(len(pieces))

@@ -1,8 +1,7 @@
-"""The weights of original LLaVA-1.6 checkpoints: their tensor names, their files, and the vocabulary rows HF
-adds.
+"""The weights of original LLaVA-1.6 checkpoints: tensor names, files, and the vocabulary rows that transformers adds.
 
-Original: the layout of liuhaotian/llava-v1.6-*, LLM at the root, LLaVA's own names for the rest (LLaVA
-repository, llava/model/llava_arch.py and multimodal_{encoder,projector}/builder.py). Published: that of
+"Original" is the layout of liuhaotian/llava-v1.6-*, with the LLM at the root and LLaVA's own names for the rest (LLaVA
+repository, llava/model/llava_arch.py and multimodal_{encoder,projector}/builder.py). "Published" is the layout of
 llava-hf/llava-v1.6-*-hf.
 """
 
@@ -60,7 +59,7 @@ class Weights:
     _open: tuple[Path, object] | None = field(default=None, repr=False)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. Reading in file order keeps one file mapped at a time."""
+        """Reads one tensor onto the CPU. In file order, one file is mapped at a time."""
         path = self.files[name]
         if self._open is None or self._open[0] != path:
             self._open = (path, _open_file(path))
@@ -74,7 +73,7 @@ class Weights:
 def open_weights(folder: Path) -> Weights:
     """Weights of a folder: safetensors, or .bin files read without unpickling anything but tensors.
 
-    Raises CheckpointError if there are none, or one is missing or cut short.
+    Raises CheckpointError if there are no weights, or if a file is missing or cut short.
     """
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file() or (folder / "pytorch_model.bin").is_file():
@@ -145,7 +144,7 @@ def map_names(weights: Weights, vision_tower: Weights | None) -> dict[str, tuple
         raise CheckpointError("The checkpoint holds its own (tuned) vision tower; leave --vision-tower out.")
     if not has_tower and vision_tower is None:
         raise CheckpointError("The checkpoint holds no vision tower; give its CLIP folder as --vision-tower.")
-    if vision_tower is not None:  # CLIP's text side is not part of LLaVA
+    if vision_tower is not None:  # CLIP's text tower is not part of LLaVA
         for name in vision_tower.shapes:
             if name.startswith("vision_model.") and not RECOMPUTED.search(name):
                 found["vision_tower." + name] = (vision_tower, name)

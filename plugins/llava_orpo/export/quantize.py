@@ -21,7 +21,7 @@ from .quantized_folder import check_reload, hidden_states, is_quantized, packed_
 LAYER = r"re:.*layers\.\d+\."
 AWQ_MAPPINGS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    # Left out by llm-compressor where heads share keys and values (Mistral): the widths differ.
+    # llm-compressor leaves this one out where heads share keys and values (Mistral), because the widths differ.
     ("self_attn.v_proj", ("self_attn.o_proj",)),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.up_proj", ("mlp.down_proj",)),
@@ -69,7 +69,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def check_model(folder: Path, group_size: int) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Tensor table of a folder that can be quantized. Raises CheckpointError naming what is against it."""
+    """The tensor table of a folder that can be quantized. Raises CheckpointError, naming the reason, for any other."""
     config = read_config(folder)
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantized already; give the merged 16-bit model.")
@@ -88,7 +88,7 @@ def check_model(folder: Path, group_size: int) -> dict[str, tuple[str, tuple[int
 
 
 def quantize_decoder(decoder, samples: list[dict], method: str, group_size: int, folder: Path) -> None:
-    """Quantize every linear layer of a text decoder in place with llm-compressor, block after block.
+    """Quantizes every linear layer of a text decoder in place with llm-compressor, block after block.
 
     samples: keyword arguments of the decoder, one dict per sample. GPTQ is symmetric with static activation
     order (no g_idx is stored); AWQ has zero points, as its authors' W4A16 has.
@@ -124,7 +124,7 @@ def quantize_decoder(decoder, samples: list[dict], method: str, group_size: int,
 
 
 def _shown(compress):
-    """GPTQ's work after each block, which takes minutes on a CPU and shows nothing by itself."""
+    """Shows GPTQ's work after each block, which takes minutes on a CPU and is silent by itself."""
 
     def compress_module_list(*args, **kwargs):
         with waiting("compressing the block's layers"):
@@ -138,7 +138,7 @@ def _layer(name: str) -> str:
 
 
 def report(args: argparse.Namespace, table: dict, size: int) -> None:
-    """Sizes on disk, before and after."""
+    """Prints the sizes on disk, before and after."""
     new = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
     layers = [shape for name, (_, shape, _) in table.items() if is_quantized(name)]
     share = sum(rows * columns for rows, columns in layers) / sum(

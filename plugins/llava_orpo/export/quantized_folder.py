@@ -1,6 +1,6 @@
 """The 4-bit checkpoint that scripts/quantize.py writes: which layers, which names, and whether it loads.
 
-compressed-tensors format ("pack-quantized": eight 4-bit numbers an int32), published llava-hf tensor names.
+It has the compressed-tensors format ("pack-quantized": eight 4-bit numbers per int32) and published tensor names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def hidden_states(decoder, sample: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def packed_state(model, table: dict) -> dict[str, torch.Tensor]:
-    """Published name -> tensor of the quantized model, weights of quantized layers packed eight to an int32.
+    """Published name -> tensor of the quantized model, with eight weights of quantized layers packed per int32.
 
     Raises CheckpointError unless exactly the layers that should be are packed.
     """
@@ -80,7 +80,7 @@ def packed_state(model, table: dict) -> dict[str, torch.Tensor]:
 
 
 def write_folder(folder: Path, state: dict[str, torch.Tensor], base: Path, scheme: dict) -> None:
-    """The quantized checkpoint: the base's config.json with `scheme` in it, its small files, the weights."""
+    """Writes the quantized checkpoint: the base's config.json with `scheme` in it, its small files, the weights."""
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
@@ -107,7 +107,7 @@ def write_folder(folder: Path, state: dict[str, torch.Tensor], base: Path, schem
 
 
 def check_reload(folder: Path, sample: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
-    """Load the written folder as any user would and compare its decoder with the one it was made from.
+    """Loads the written folder as any user would and compares its decoder with the one it was made from.
 
     Raises CheckpointError for missing or unexpected tensors, or hidden states that differ by more than 1e-4
     (fp32 weights) or 2e-2 (16-bit) of the largest.

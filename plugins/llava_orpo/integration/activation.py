@@ -1,4 +1,4 @@
-"""Takes a recipe with `plugins: llava_orpo` over: its keys, the version, registrations, swapped names."""
+"""Activates the plugin for a recipe with `plugins: llava_orpo`: its keys, the version, registrations, swapped names."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
 
 
 def listen_locally(run: Run) -> None:
-    """`api` serves 127.0.0.1 unless API_HOST says otherwise (0.9.5 alone: every network interface).
+    """Lets `api` serve 127.0.0.1 unless API_HOST says otherwise (stock 0.9.5: every network interface).
 
-    `webchat` reads GRADIO_SERVER_NAME before its recipe, so there is only a warning when nobody set it.
+    `webchat` reads GRADIO_SERVER_NAME before its recipe, so the plugin can only warn when it is not set.
     """
     run.set_default("API_HOST", "127.0.0.1")
     if "llamafactory.webui.interface" in sys.modules and "GRADIO_SERVER_NAME" not in os.environ:
@@ -92,7 +92,7 @@ def activate(parsed: PluginArguments) -> Run:
 
 
 def register() -> None:
-    """The official extension points: register_mm_plugin, register_dataset_converter, register_template."""
+    """Uses the official extension points: register_mm_plugin, register_dataset_converter, register_template."""
     if MM_PLUGIN in lf_mm_plugin.PLUGINS:
         return
     lf_mm_plugin.register_mm_plugin(MM_PLUGIN, LlavaOrpoPlugin)

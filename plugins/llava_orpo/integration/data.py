@@ -77,8 +77,10 @@ def align(original):
 
 
 def tokenize(original):
-    """Replaces llamafactory.data.loader._get_preprocessed_dataset for pairs in an exact template: `PairProcessor`
-    tokenizes, and what it marks is dropped and noted."""
+    """Replaces llamafactory.data.loader._get_preprocessed_dataset for pairs in an exact template.
+
+    `PairProcessor` tokenizes; the rows that it marks are dropped and noted.
+    """
 
     def _get_preprocessed_dataset(
         dataset, data_args, training_args, stage, template, tokenizer, processor=None, is_eval=False

@@ -1,4 +1,4 @@
-"""Model and processor: quantization, tiles, export, chat. See `swaps.SWAPS`."""
+"""Model and processor: the replacements for quantization, tiles, export and chat. See `swaps.SWAPS`."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ def limit_processor(original):
 
 
 def published_export(original):
-    """Replaces llamafactory.train.tuner.load_model, which `llamafactory-cli export` loads through: the model it gets
-    saves itself in published names."""
+    """Replaces llamafactory.train.tuner.load_model, which `llamafactory-cli export` calls.
+
+    The model that export gets saves itself in published names.
+    """
 
     @functools.wraps(original)
     def load_model(tokenizer, model_args, finetuning_args, *args, **kwargs):
@@ -79,7 +81,7 @@ def published_export(original):
         check_output(model_args.export_dir, overwrite)
         for path in model_args.adapter_name_or_path or []:
             check_adapter(path, base)
-        merge = functools.partialmethod(BaseTuner.merge_and_unload, progressbar=True)  # minutes for a 7B, silent else
+        merge = functools.partialmethod(BaseTuner.merge_and_unload, progressbar=True)  # else silent for minutes
         with mock.patch.object(BaseTuner, "merge_and_unload", merge):
             model = original(tokenizer, model_args, finetuning_args, *args, **kwargs)
 
@@ -94,8 +96,10 @@ def published_export(original):
 
 
 def untouched_tokenizer_files(original):
-    """Replaces llamafactory.train.tuner.load_tokenizer: export must not rewrite the base model's processor files, which
-    `save_published` copies byte by byte."""
+    """Replaces llamafactory.train.tuner.load_tokenizer.
+
+    Export must not rewrite the base model's processor files, which `save_published` copies byte by byte.
+    """
 
     @functools.wraps(original)
     def load_tokenizer(model_args):
@@ -110,8 +114,10 @@ def untouched_tokenizer_files(original):
 
 
 def unedited_answers(original):
-    """Replaces llamafactory.chat.hf_engine.load_tokenizer: the engine decodes with clean_up_tokenization_spaces=True,
-    which turns " ?" into "?" and " 's" into "'s"."""
+    """Replaces llamafactory.chat.hf_engine.load_tokenizer.
+
+    The engine decodes with clean_up_tokenization_spaces=True, which turns " ?" into "?" and " 's" into "'s".
+    """
 
     @functools.wraps(original)
     def load_tokenizer(model_args):

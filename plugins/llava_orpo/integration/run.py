@@ -1,4 +1,4 @@
-"""The recipe that is running: its arguments, and the names and variables that were changed for it."""
+"""The running recipe: its arguments, and the names and variables that were changed for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Run:
     """State of a recipe with `plugins: llava_orpo`, from reading its keys until the next recipe of the process.
 
     arguments      the plugin's keys
-    originals      (module, name, what stood there) of every swapped name
+    originals      (module, name, original) of every swapped name
     variables      names of environment variables that were set for this recipe
-    skipped        rows left out so far, as skipped_rows.jsonl lists them; `considered` of how many
+    skipped        rows left out so far, as skipped_rows.jsonl lists them, out of `considered` rows
     shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
     """
 
@@ -34,11 +34,11 @@ class Run:
             self.variables.append(variable)
 
 
-_run: Run | None = None  # one per process, as LLaMA-Factory's own: its functions have no other way to be told
+_run: Run | None = None  # one per process, because the swapped functions are called without any state of ours
 
 
 def start(run: Run) -> None:
-    """Makes `run` the current one, after the one before it has been put back."""
+    """Makes `run` the current one, after what the run before it changed was put back."""
     global _run
     deactivate()
     _run = run

@@ -22,6 +22,6 @@ SWAPS = (
     # published tensor names and the base model's own processor files on export
     ("llamafactory.train.tuner", "load_model", model.published_export),
     ("llamafactory.train.tuner", "load_tokenizer", model.untouched_tokenizer_files),
-    # answers of chat, webchat and api as the model wrote them
+    # chat, webchat and api give answers as the model wrote them
     ("llamafactory.chat.hf_engine", "load_tokenizer", model.unedited_answers),
 )

@@ -1,8 +1,8 @@
 """Per-pair scores to preference metrics: accuracy with its interval, margins, subsets, paired comparisons.
 
-Pairs are `records.ScoredPair`. ORPO compares mean log-probs (arXiv 2403.07691, 4.1), so
-"margin" here is the mean log-prob of chosen minus that of rejected, in nats per token. All sums are exact
-(``math.fsum``): no result depends on the order of the pairs, on batches or on processes.
+Pairs are `records.ScoredPair`. ORPO compares mean log-probs (arXiv 2403.07691, 4.1), so "margin" here is the mean
+log-prob of chosen minus that of rejected, in nats per token. All sums are exact (`math.fsum`): no result depends on the
+order of the pairs, on batches or on processes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .records import ScoredPair
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GROUP_KEYS = ("source", "question_type", "subset")
-# log(1 - p) is taken at most here, as step.orpo.log1m_exp does in float32, in which log-probs are computed: nearer to
-# certainty they are below their own rounding error, and at p = 1 the odds would be infinite.
+# Log-probs above this are moved to it, as step.orpo.log1m_exp does in float32, in which log-probs are computed: nearer
+# to certainty they are below their own rounding error, and at p = 1 the odds would be infinite.
 _MAX_LOGP = -(2.0**-23)
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (scipy ``BinomTestResult.proportion_ci``)."""
+    """The Wilson score interval of a proportion (scipy `BinomTestResult.proportion_ci`)."""
     interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -35,20 +35,19 @@ def summarize(pairs: Sequence[ScoredPair], beta: float, min_subset: int = 20) ->
 
     Args:
         pairs: scored pairs of one image condition, each (dataset, pair_id) once.
-        beta: ORPO's weight of the odds-ratio term (LLaMA-Factory ``pref_beta``; lambda in the paper).
-        min_subset: a group smaller than this gets no metrics, only its count in ``small_subsets``.
+        beta: ORPO's weight of the odds-ratio term (LLaMA-Factory's `pref_beta`; lambda in the paper).
+        min_subset: a group smaller than this gets only its count in `small_subsets`, not metrics.
 
     Returns:
-        Flat floats and ints under the names LLaMA-Factory and TRL log (``rewards/*``, ``logps/*``,
-        ``sft_loss``, ``odds_ratio_loss``) beside ours: ``preference_accuracy`` with ``_low`` and ``_high``,
-        ``preference_accuracy_sum`` (by summed log-probs), ``logps/margin`` and ``logps/margin_p05`` ..
-        ``_p95``, ``log_odds``, ``loss``, ``length/*``, ``ties``, ``n``; ``length/accuracy_*`` is absent where
-        its ``length/n_*`` is 0. Two nested entries: ``subsets`` {"source" | "question_type" | "subset":
-        {name: the same flat metrics}} and ``small_subsets`` {"source" | ...: {name: n}}.
-        The Wilson interval takes pairs as independent; where images repeat, ``compare`` resamples images.
+        Flat floats and ints under the names LLaMA-Factory and TRL log (`rewards/*`, `logps/*`, `sft_loss`,
+        `odds_ratio_loss`) beside ours: `preference_accuracy` with `_low` and `_high`, `preference_accuracy_sum` (by
+        summed log-probs), `logps/margin` and `logps/margin_p05` .. `_p95`, `log_odds`, `loss`, `length/*`, `ties`,
+        `n`; `length/accuracy_*` is absent where its `length/n_*` is 0. Two entries are nested: `subsets` {"source" |
+        "question_type" | "subset": {name: the same flat metrics}} and `small_subsets` {"source" | ...: {name: n}}.
+        The Wilson interval takes pairs as independent; where images repeat, `compare` resamples images.
 
     Raises:
-        UserError: no pairs, a pair twice, mixed image conditions.
+        UserError: there are no pairs, a pair occurs twice, or image conditions are mixed.
     """
     _check_set(pairs)
     metrics = _flat_metrics(pairs, beta)
@@ -67,17 +66,17 @@ def summarize(pairs: Sequence[ScoredPair], beta: float, min_subset: int = 20) ->
 
 
 def compare(pairs_a: Sequence[ScoredPair], pairs_b: Sequence[ScoredPair], seed: int = 0, n_boot: int = 2000) -> dict:
-    """Paired comparison of two models (or two image conditions) on the same pairs; differences are a minus b.
+    """Compares two models (or two image conditions) on the same pairs; differences are a minus b.
 
     The 95 % percentile bootstrap resamples images with all their pairs, since answers on one image are not
     independent; pairs without an image count as images of their own. McNemar's exact test is two-sided
     (a binomial test on the pairs only one side got right).
 
     Returns:
-        ``n``, ``n_images``, ``accuracy_a``, ``accuracy_b``, ``difference`` with ``difference_low`` and
-        ``_high``, ``margin_difference`` (nats per token) with ``_low`` and ``_high``; ``both``, ``only_a``,
-        ``only_b``, ``neither`` (counts of correct pairs); ``mcnemar_p``, ``seed``, ``n_boot``. The bounds are
-        None when all pairs share one image: there is nothing to resample.
+        `n`, `n_images`, `accuracy_a`, `accuracy_b`, `difference` with `difference_low` and `_high`,
+        `margin_difference` (nats per token) with `_low` and `_high`; `both`, `only_a`, `only_b`, `neither` (counts of
+        correct pairs); `mcnemar_p`, `seed`, `n_boot`. The bounds are None when all pairs share one image, because
+        there is nothing to resample.
 
     Raises:
         UserError: the two sides do not hold the same pairs (missing ids named), or one is not a valid set.
@@ -134,8 +133,8 @@ def grounding(
         true, grey, other: the same pairs scored with their own image, a grey one, and another row's.
 
     Returns:
-        ``true``, ``grey``, ``other``: each with ``preference_accuracy`` (``_low``, ``_high``), ``ties``,
-        ``n``, ``logps/margin``; ``true_minus_grey`` and ``true_minus_other`` as from ``compare``.
+        `true`, `grey`, `other`: each with `preference_accuracy` (`_low`, `_high`), `ties`, `n`, `logps/margin`;
+        `true_minus_grey` and `true_minus_other` as from `compare`.
     """
     result: dict = {}
     for name, pairs in (("true", true), ("grey", grey), ("other", other)):
@@ -147,10 +146,10 @@ def grounding(
 
 
 def grounding_of_common(true: Sequence[ScoredPair], grey: Sequence[ScoredPair], other: Sequence[ScoredPair]):
-    """`grounding` over the pairs that all three sets hold; None where there are none.
+    """`grounding` over the pairs that all three sets hold; None if there is no such pair.
 
-    A pair can be scored under some conditions only: its own image is damaged but a grey one is made, or its own can be
-    decoded but the one it was to show under `other` cannot.
+    A pair may be scored under some conditions only: its own image is damaged but a grey one is made, or its own can be
+    decoded but the image that it should show under `other` cannot.
     """
     common = {pair.key for pair in true} & {pair.key for pair in grey} & {pair.key for pair in other}
     if not common:

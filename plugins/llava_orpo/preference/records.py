@@ -1,5 +1,7 @@
-"""The record of one scored pair, and the two files evaluations keep: `preference_pairs.jsonl` (one `ScoredPair` per
-line) and `preference_eval.json` (one entry per evaluation)."""
+"""The record of one scored pair, and the two files that evaluations keep.
+
+These are `preference_pairs.jsonl` (one `ScoredPair` per line) and `preference_eval.json` (one entry per evaluation).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class ScoredPair:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What names the pair in an evaluation set."""
+        """The pair's name in an evaluation set."""
         return self.dataset, self.pair_id
 
     @property

@@ -1,6 +1,6 @@
 """Scores every held-out pair exactly once: rows under an image condition, the scoring loop, shards.
 
-Used by the trainer at each evaluation and by `evals/preference.py`.
+The trainer uses it at each evaluation, and so does `evals/preference.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .records import ScoredPair
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """What became of one row of an evaluation set.
+    """The result of one row of an evaluation set.
 
     position   the row's number in the set
     pair_id, dataset   the pair's name there (see `unique_ids`)
@@ -92,7 +92,7 @@ def unique_ids(rows) -> list[str]:
 def in_groups(rows, positions: Sequence[int], batch_size: int, condition: str, arguments) -> list[int]:
     """The positions, in an order whose batches hold the pairs of one image together if the recipe groups by image.
 
-    arguments: the recipe's `PluginArguments`. Under `other` neighbours show different images: nothing to group.
+    arguments: the recipe's `PluginArguments`. Under `other` neighbours show different images, so nothing is grouped.
     """
     if not arguments.group_pairs_by_image or condition == "other":
         return list(positions)
@@ -100,7 +100,7 @@ def in_groups(rows, positions: Sequence[int], batch_size: int, condition: str, a
 
 
 def shard(positions: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """This rank's share; all ranks get equally many (the last position repeats), as collective forwards need."""
+    """This rank's share. All ranks get equally many (the last position repeats), as collective forwards need."""
     if not positions:
         return []
     padded = list(positions) + [positions[-1]] * (-len(positions) % world_size)
@@ -160,7 +160,7 @@ def score(
 
 
 def merge(parts: Iterable[Sequence[ScoredRow]]) -> tuple[list[ScoredRow], list[ScoredRow]]:
-    """Rows of all ranks to (scored, unusable), each position once, in dataset order."""
+    """Merges the rows of all ranks to (scored, unusable), each position once, in dataset order."""
     by_position = {row.position: row for part in parts for row in part}
     ordered = [by_position[position] for position in sorted(by_position)]
     return [row for row in ordered if row.pair], [row for row in ordered if not row.pair]

@@ -23,8 +23,8 @@ class Evaluation:
     scored     {image condition: its scored rows, in dataset order}, "true" always among them
     unusable   rows whose own image could not be decoded
     summary    `metrics.summarize` of the pairs with their own image
-    grounding  `metrics.grounding` of the pairs scored under every condition (`n` says how many); None where only the
-               own image was shown, and where there is no such pair
+    grounding  `metrics.grounding` of the pairs scored under every condition (`n` says how many); None if only the
+               own image was shown, or if there is no such pair
     """
 
     name: str
@@ -42,7 +42,7 @@ class Evaluation:
     def of(
         cls, rows, merged: dict[str, tuple[list[ScoredRow], list[ScoredRow]]], beta: float, min_subset: int
     ) -> Evaluation:
-        """What `scoring.merge` gave per condition for the set `rows`, with its metrics.
+        """The result of `scoring.merge` per condition for the set `rows`, with its metrics.
 
         Raises UserError when no pair was scored.
         """
@@ -63,7 +63,7 @@ def pairs_of(rows: Sequence[ScoredRow]) -> list[ScoredPair]:
 
 
 def dataset_names(rows) -> str:
-    """The datasets an evaluation set is made of, joined by commas."""
+    """The names of the datasets that make up an evaluation set, joined by commas."""
     return ",".join(sorted(set(rows["dataset"])))
 
 

@@ -16,7 +16,7 @@ from .page import render, thumbnails
 MAX_PAGE_BYTES = 9_500_000
 THUMBNAIL_SIDES = (320, 240, 160, 96)  # pixels; the largest whose images keep the page under MAX_PAGE_BYTES
 CONDITION_NAMES = {"true": "own image", "grey": "grey image", "other": "another image"}
-# (metric, label, kind); all of them free of beta, which preference_pairs.jsonl does not know
+# (metric, label, kind); none of them depends on beta, which preference_pairs.jsonl does not hold
 SUMMARY_ROWS = (
     ("preference_accuracy", "Preference accuracy, mean log-prob", "percent"),
     ("preference_accuracy_sum", "Preference accuracy, summed log-prob", "percent"),
@@ -41,7 +41,7 @@ def build_page(
     """The page as text.
 
     Raises:
-        ValueError: a damaged input file, or a baseline scored on other pairs (the missing ids are named).
+        ValueError: an input file is damaged, or the baseline was scored on other pairs (the missing ids are named).
     """
     texts = read_texts(after, generations)
     examples = choose_examples(after, before, texts, max_examples)
@@ -75,7 +75,7 @@ def build_page(
 def summaries(after: Run, before: Run | None, min_subset: int) -> list[dict]:
     """Per evaluation set: {"dataset", "after", "before", "after_label", "before_label", "comparison"}.
 
-    Metrics are those of ``summarize``, None where there are none. The largest set comes first.
+    Metrics are those of `summarize`, or None for a side without pairs. The largest set comes first.
     """
     tables = []
     sets = {entry["dataset"] for entry in after.history}
@@ -103,7 +103,7 @@ def summaries(after: Run, before: Run | None, min_subset: int) -> list[dict]:
 
 
 def training_charts(run: Run, tables: list[dict], figures: dict) -> list[dict]:
-    """Adds a figure per quantity that was logged; returns [{"id", "title", "legend"}].
+    """Adds one figure per logged quantity; returns [{"id", "title", "legend"}].
 
     The held-out curves are those of the first table's evaluation set.
     """
@@ -140,7 +140,7 @@ def training_charts(run: Run, tables: list[dict], figures: dict) -> list[dict]:
 
 
 def group_charts(tables: list[dict], figures: dict) -> list[dict]:
-    """A chart and a table per way of grouping (source, question type, both) of every dataset."""
+    """A chart and a table per grouping (source, question type, both) of every dataset."""
     shown = []
     for table in tables:
         for key in GROUP_KEYS:
@@ -174,7 +174,7 @@ def group_charts(tables: list[dict], figures: dict) -> list[dict]:
 
 
 def margin_charts(after: Run, before: Run | None, figures: dict) -> dict | None:
-    """Margin histogram and length plot over all pairs scored with their own image; None without pairs."""
+    """Margin histogram and length plot over all pairs scored with their own image; None if there are no pairs."""
     pairs = after.pairs["true"]
     if not pairs:
         return None
@@ -191,7 +191,7 @@ def margin_charts(after: Run, before: Run | None, figures: dict) -> dict | None:
 def grounding_chart(after: Run, before: Run | None, tables: list[dict], figures: dict) -> dict | None:
     """Adds bars of accuracy with the own, a grey and another image, for the first table's evaluation set.
 
-    None when no grounding was measured.
+    Returns None when grounding was not measured.
     """
     if not tables:
         return None
@@ -209,7 +209,7 @@ def grounding_chart(after: Run, before: Run | None, tables: list[dict], figures:
 
 
 def _pairs_of(run: Run, dataset: str, condition: str = "true") -> list:
-    """Pairs of an evaluation set; one made of several datasets is named by all of them, joined by commas."""
+    """The pairs of an evaluation set. A set of several datasets is named by all of them, joined by commas."""
     names = dataset.split(",")
     return [pair for pair in run.pairs[condition] if pair.dataset in names]
 
@@ -229,7 +229,7 @@ def _interval(side: str, metrics: dict, color: str) -> tuple:
 
 
 def _short_names(names: list[str], limit: int = 22) -> list[str]:
-    """Axis labels of at most ``limit`` characters, all different."""
+    """Axis labels of at most `limit` characters, all different."""
     short: list[str] = []
     for name in names:
         label = name if len(name) <= limit else name[: limit - 1] + "…"

@@ -26,10 +26,10 @@ REFERENCE_LINE = {"line_dash": "dashed", "line_color": BEFORE, "line_width": 1}
 
 
 def lines(series: Sequence[dict], percent: bool = False, small: bool = False) -> figure:
-    """Values over training steps; ``small`` values get an exponent.
+    """Values over training steps; `small` values get an exponent.
 
-    A series: {"label", "steps", "values", "color"} and, optionally, "low" and "high" (drawn as a band) and
-    "dots" True for few, separate measurements. Dense curves are drawn faintly behind their moving mean.
+    A series is {"label", "steps", "values", "color"} and, optionally, "low" and "high" (drawn as a band) and "dots",
+    True for few, separate measurements. Dense curves are drawn faintly behind their moving mean.
     """
     plot = _figure("step", None, percent=percent)
     plot.xaxis.ticker.min_interval = 1  # no half steps
@@ -65,8 +65,8 @@ def lines(series: Sequence[dict], percent: bool = False, small: bool = False) ->
 def accuracy_by_group(rows: Sequence[dict]) -> figure:
     """A dot and its 95 % interval per group and side.
 
-    A row: {"name", "label", "sides": [(side, n, accuracy, low, high, color)]}; the first row is drawn on top.
-    ``name`` labels the axis and differs between rows, ``label`` is the full name shown on hovering.
+    A row is {"name", "label", "sides": [(side, n, accuracy, low, high, color)]}; the first row is drawn on top. `name`
+    labels the axis and differs between rows; `label` is the full name, shown on hovering.
     """
     names = [row["name"] for row in rows][::-1]
     plot = _figure("preference accuracy", None, y_range=FactorRange(*names, range_padding=0.15))
@@ -105,7 +105,7 @@ def accuracy_by_group(rows: Sequence[dict]) -> figure:
 
 
 def margin_histogram(sides: Sequence[tuple[str, Sequence[ScoredPair], str]]) -> figure:
-    """Share of pairs per margin bin; the bins are common to all sides (label, pairs, color)."""
+    """The share of pairs per margin bin; the bins are common to all sides (label, pairs, color)."""
     margins = {label: np.array([pair.margin for pair in pairs]) for label, pairs, _ in sides}
     every = np.concatenate(list(margins.values()))
     edges = np.histogram_bin_edges(every, bins=min(40, max(10, int(np.sqrt(len(every) / len(sides)) * 2))))
@@ -131,7 +131,7 @@ def margin_histogram(sides: Sequence[tuple[str, Sequence[ScoredPair], str]]) -> 
 
 
 def margin_by_length(pairs: Sequence[ScoredPair], color: str) -> tuple[figure, int]:
-    """Margin against how many tokens longer the chosen response is; also the number of points drawn."""
+    """The margin against how many tokens longer the chosen response is; also returns the number of points drawn."""
     if len(pairs) > MAX_POINTS:
         pairs = [pairs[i] for i in np.random.default_rng(0).choice(len(pairs), MAX_POINTS, replace=False)]
     plot = _figure("tokens chosen − tokens rejected", "margin, nats per token")
@@ -154,7 +154,7 @@ def margin_by_length(pairs: Sequence[ScoredPair], color: str) -> tuple[figure, i
 def grounding_bars(sides: Sequence[tuple[str, dict, str]], names: dict[str, str]) -> figure:
     """Accuracy per image condition.
 
-    A side is (label, {condition: metrics}, color); ``names`` maps conditions to their labels on the axis.
+    A side is (label, {condition: metrics}, color); `names` maps conditions to their labels on the axis.
     """
     plot = _figure(
         "image", "preference accuracy", percent=True, x_range=FactorRange(*names.values(), range_padding=0.1)

@@ -14,8 +14,8 @@ from .inputs import Key, Run, Texts
 class Example:
     """One pair as shown.
 
-    ``after`` and ``before`` are its scores where known, ``rank`` is its place when best and worst cases
-    alternate, ``place`` its place in the files.
+    `after` and `before` are its scores where known; `rank` is its place when best and worst cases alternate, `place`
+    its place in the files.
     """
 
     key: Key
@@ -36,7 +36,7 @@ class Example:
 
     @property
     def change(self) -> str:
-        """fixed, broken or same; empty when one side was not scored."""
+        """One of fixed, broken or same; empty when one side was not scored."""
         if not (self.after and self.before):
             return ""
         now, then = _status(self.after) == "correct", _status(self.before) == "correct"
@@ -72,8 +72,10 @@ class Example:
 
 
 def choose_examples(after: Run, before: Run | None, texts: dict[Key, Texts], limit: int) -> list[Example]:
-    """At most ``limit`` examples: highest and lowest margins in turn, so that a cut keeps both ends; then the
-    pairs that were not scored."""
+    """At most `limit` examples: the highest and lowest margins in turn, so that a cut keeps both ends.
+
+    The pairs that were not scored come last.
+    """
     scores = {pair.key: pair for pair in after.pairs["true"]}
     earlier = {pair.key: pair for pair in before.pairs["true"]} if before else {}
     by_margin = sorted((key for key in texts if key in scores), key=lambda key: (-scores[key].margin, key))

@@ -1,4 +1,4 @@
-"""What `evals/report.py` reads: an output folder (scores, history, training log), texts and images of examples."""
+"""The inputs of `evals/report.py`: an output folder (scores, history, training log), texts and images of examples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from ..files import inside, read_jsonl
 from ..preference.records import CONDITIONS, EXAMPLES, HISTORY, PAIRS, ScoredPair, read_history, read_pairs
 
 Key = tuple[str, str]  # (dataset, pair_id)
-# trainer_log.jsonl has LLaMA-Factory's names for what trainer_state.json calls by TRL's.
+# trainer_log.jsonl uses LLaMA-Factory's names for what trainer_state.json calls by TRL's.
 _TRAINER_LOG_NAMES = {"current_steps": "step", "lr": "learning_rate", "accuracy": "rewards/accuracies"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One output folder. ``pairs`` maps an image condition to its scored pairs, ``log`` holds training log
-    entries under the names of ``trainer_state.json``; whatever the folder lacks is empty."""
+    """One output folder; whatever it lacks is empty.
+
+    `pairs` maps an image condition to its scored pairs; `log` holds training log entries under the names of
+    `trainer_state.json`.
+    """
 
     folder: Path
     pairs: dict[str, list[ScoredPair]]
@@ -29,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Texts:
-    """The words and the image of one pair; ``answers`` maps a model's name to what it generated."""
+    """The texts and the image of one pair; `answers` maps a model's name to what it generated."""
 
     question: str
     chosen: str
@@ -39,11 +42,11 @@ class Texts:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what an evaluation or a training left in ``folder``.
+    """Reads what an evaluation or a training left in `folder`.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UserError: a damaged file, named with its line.
+        UserError: a file is damaged (the line is named).
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give a recipe's or evals/preference.py's output_dir.")
@@ -57,12 +60,12 @@ def read_run(folder: Path) -> Run:
 
 
 def read_texts(run: Run, generations: Path | None) -> dict[Key, Texts]:
-    """Texts by (dataset, pair_id) from ``preference_examples.jsonl`` and ``generations.jsonl``.
+    """Texts by (dataset, pair_id) from `preference_examples.jsonl` and `generations.jsonl`.
 
-    Both name images relative to their own folder; ``generations`` defaults to the file in the run's folder.
+    Both name images relative to their own folder; `generations` defaults to the file in the run's folder.
 
     Raises:
-        UserError: a line without its texts, or an image outside the file's folder (named ``file:line``).
+        UserError: a line lacks its texts, or names an image outside the file's folder (the message has `file:line`).
     """
     texts: dict[Key, Texts] = {}
     for path in (run.folder / EXAMPLES, generations or run.folder / "generations.jsonl"):
@@ -118,7 +121,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict]]:
 
 
 def _read_facts(folder: Path) -> dict[str, str]:
-    """The few lines a reader needs to know which run this was; absent files give no lines."""
+    """The few lines that tell a reader which run this was; a missing file adds no line."""
     facts = {"Output": folder.resolve().name}
     adapter = folder / "adapter_config.json"
     if adapter.exists():

@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def thumbnails(examples: list[Example], side: int) -> dict[Path, dict]:
-    """The examples' images as data URIs, at most ``side`` pixels long, JPEG or PNG, whichever is smaller.
+    """The examples' images as data URIs, at most `side` pixels long, JPEG or PNG, whichever is smaller.
 
     By path: {"source", "width", "height"} or, for an image that cannot be read, {"source": "", "problem"}.
     """
@@ -50,7 +50,7 @@ def _encode(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def render(context: dict, images: dict[Path, dict]) -> str:
-    """Fill the template: every value is escaped, and only the page's own scripts may run (CSP by hash)."""
+    """Fills the template: every value is escaped, and only the page's own scripts may run (CSP by hash)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -88,7 +88,7 @@ def points(difference: float) -> str:
 
 
 def number(value: float, signed: bool = False) -> str:
-    """Three decimals with a real minus sign."""
+    """The value with three decimals and a real minus sign."""
     return (f"{value:+.3f}" if signed else f"{value:.3f}").replace("-", "−")
 
 

@@ -1,14 +1,13 @@
-"""Attention over shared-prefix rows, plugged into transformers by name, and the model call that uses it.
+"""Attention over packed shared-prefix sequences, plugged into transformers by name, and the model call that uses it.
 
-`enable(model)` gives the text model (never the vision tower) an attention implementation registered in
-transformers' `AttentionInterface` and `AttentionMaskInterface`. Called with the keyword
-`shared_prefix_layout` it attends as the layout says; without it (generate(), evaluation, any plain forward)
-it is the implementation the user chose.
+`enable(model)` gives the text model (never the vision tower) an attention implementation registered in transformers'
+`AttentionInterface` and `AttentionMaskInterface`. Called with the keyword `shared_prefix_layout` it attends as the
+layout says; without it (generate(), evaluation, any plain forward) it is the implementation the user chose.
 
-Packed rows, per group: the root is plain causal `scaled_dot_product_attention` (is_causal, so CUDA and CPU
-take their flash kernels), all tails are one call on the keys [root | tails] with a mask made once per batch.
-No T x T mask exists. The last layer runs only at the positions that are read (`last_layer.py`). transformers is
-imported when a model is enabled, not before.
+In each group the root is plain causal `scaled_dot_product_attention` (is_causal, so CUDA and CPU take their flash
+kernels), and all tails are one call on the keys [root | tails] with a mask made once per batch. A T x T mask is never
+made. The last layer runs only at the positions that are read (`last_layer.py`). transformers is imported only when a
+model is enabled.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _PREFIX = "shared_prefix"
 def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
     """(backend name, reason to log). `requested`: "auto", "sdpa" or "flex".
 
-    "auto" is "sdpa" on every device. "flex" (FlexAttention, one compiled kernel for the whole row) has no
+    "auto" is "sdpa" on every device. "flex" (FlexAttention, one compiled kernel for the whole sequence) has no
     backward on CPU in torch 2.11, so asking for it there raises ValueError. There is no flash-attn backend:
     the root, where nearly all attention work is, reaches the flash kernel through SDPA already.
     """
@@ -47,7 +46,7 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
 
 
 def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
-    """Give `model`'s text model the shared-prefix attention; returns its registered name.
+    """Gives `model`'s text model the shared-prefix attention; returns its registered name.
 
     Takes a plain, PEFT-wrapped or DDP-wrapped model; calling it again replaces the backend. Raises ValueError
     for an unknown backend, for a model type other than llava_next (with `text_only`, any decoder is taken),
@@ -73,7 +72,7 @@ def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
 
 
 def disable(model) -> None:
-    """Restore the attention implementation `enable` found. Does nothing on a model that is not enabled."""
+    """Restores the attention implementation `enable` found. Does nothing on a model that is not enabled."""
     inner = unwrap(model)
     for config in _text_configs(inner):
         if _is_ours(config):
@@ -94,12 +93,12 @@ def unwrap(model):
 
 
 def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
-    """Logits (1, K, V) at `packed.logits_to_keep`, from one forward over the packed row.
+    """Logits (1, K, V) at `packed.logits_to_keep`, from one forward over the packed sequence.
 
     image_inputs: what the model's image processor made, one entry per group that has an image, in the order of the
     groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2)); handed to the model
     as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would
-    ignore the layout and attend wrongly without a word.
+    silently ignore the layout and attend wrongly.
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call attention.enable first")
@@ -107,7 +106,7 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
     return model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments): none of T x T is built.
+        # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments), so no T x T mask is built.
         attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         use_cache=False,
         logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
@@ -117,9 +116,11 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
 
 
 def register(base: str, backend: str) -> str:
-    """Register shared-prefix attention over the implementation `base` ("sdpa", "eager", "flash_attention_2",
-    ...) in transformers and return its name, "shared_prefix:<backend>:<base>". `base` serves calls without a
-    layout."""
+    """Registers shared-prefix attention over an implementation of transformers; returns the name for it.
+
+    The name is "shared_prefix:<backend>:<base>".
+    base: "sdpa", "eager", "flash_attention_2", …; it serves calls without a layout.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = f"{_PREFIX}:{backend}:{base}"
@@ -164,7 +165,7 @@ def _kernel(query, key, value, scale: float | None, dropout: float):
 
 def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
     attend, key, value = _kernel(query, key, value, scale, dropout)
-    # split, not slices: its backward is one concatenation instead of one zero-filled row per group.
+    # split, not slices: its backward is one concatenation instead of one zero-filled sequence per group.
     parts = [part for group in layout.groups for part in group]
     sizes = [root + tail for root, tail in layout.groups]
     queries = query.split(parts, dim=2)
@@ -182,7 +183,7 @@ def _sdpa_attention(query, key, value, layout: SharedPrefixLayout, scale: float 
 
 
 def _read_positions_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
-    """The last layer's: queries at `layout.read.positions` only, few enough for one masked call per group."""
+    """The last layer's attention: queries at `layout.read.positions` only, few enough for one masked call per group."""
     attend, key, value = _kernel(query, key, value, scale, dropout)
     sizes = [root + tail for root, tail in layout.groups]
     rows = zip(query.split(layout.read.counts, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
@@ -191,8 +192,11 @@ def _read_positions_attention(query, key, value, layout: SharedPrefixLayout, sca
 
 
 def _flex_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
-    """FlexAttention over the whole row. Equality of its forward is tested on CPU; the compiled CUDA kernel
-    and the backward (CUDA only in torch 2.11) were not run on the CPU machine this was written on."""
+    """FlexAttention over the whole sequence.
+
+    The equality of its forward is tested on a CPU. The compiled CUDA kernel and the backward (CUDA only in torch 2.11)
+    were not run: this was written on a CPU machine.
+    """
     if dropout:
         raise UserError(f"FlexAttention has no dropout, the model asks for {dropout}: use backend 'sdpa'")
     flex = _compiled_flex() if query.device.type == "cuda" else _eager_flex()

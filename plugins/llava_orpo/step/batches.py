@@ -30,8 +30,8 @@ def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int
 def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
     """An order of all indices in which consecutive batches of `batch_size` hold whole runs as far as they fit.
 
-    Best fit over the runs still open: a run is split only when no waiting run fits the rest of a batch. Every
-    index appears exactly once, so epochs, steps and samples count pairs as without grouping.
+    The best fitting open run comes next; a run is split only when no waiting run fits the rest of a batch. Every index
+    appears exactly once, so epochs, steps and samples count pairs as they do without grouping.
     """
     waiting: dict[int, list[list[int]]] = {}
     for run in reversed(runs):
@@ -59,8 +59,8 @@ def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
 class GroupByImageSampler(Sampler[int]):
     """Shuffles pairs, then puts pairs of one image into the same batch of `batch_size` (see `fill_batches`).
 
-    Every pair appears once an epoch. The order depends on seed and epoch alone (or is the given one, unshuffled), so a
-    resumed run goes on where it stopped: accelerate calls `set_epoch`, without it epochs are counted here.
+    Every pair appears once per epoch. The order depends on seed and epoch alone (or is the given one, unshuffled), so a
+    resumed run continues where it stopped. accelerate calls `set_epoch`; without it epochs are counted here.
     """
 
     def __init__(self, image_hashes, batch_size: int, max_pairs: int, shuffle: bool, seed: int = 0):

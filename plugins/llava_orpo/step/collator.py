@@ -1,4 +1,4 @@
-"""Tokenized pairs to one packed batch; each image decoded and preprocessed once, in the dataloader's workers."""
+"""Tokenized pairs to one packed batch; each image is decoded and preprocessed once, in the dataloader's workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SharedPrefixCollator:
                       text-only batches. LLaVA-NeXT: pixel_values (num_groups_with_image, max tiles, 3, tile, tile)
                       and image_sizes (num_groups_with_image, 2), (height, width)
         weights       (n,) 1.0 for a good pair, 0.0 for one whose image can't be decoded: a grey picture takes its place
-                      so that the batch keeps its shape on every rank, and the pair counts nowhere
+                      so that the batch keeps its shape on every rank; the pair is excluded from loss and metrics
         rows          the n rows, in packed order
         bad_images    [(index in rows, reason), …]
 

@@ -1,11 +1,11 @@
-"""Run the decoder's last layer only at the positions whose output is read.
+"""Runs the decoder's last layer only at the positions whose output is read.
 
 In the last layer a token's query, attention output and MLP serve its own output alone, and ORPO reads the outputs that
-predict response tokens: about 145 of 2,500 positions. Keys and values are still made for every position. The saving is
-exact; it is 1/L of the decoder's work (L layers), so an eighth for 8 layers and 3 % for the 7B's 32.
+predict response tokens: about 145 of 2,500 positions. Keys and values are still made for every position. The result is
+exact; the saving is 1/L of the decoder's work (L layers), so an eighth for 8 layers and 3 % for the 7B's 32.
 
-Done by a forward pre-hook on the last layer, which hands it the positions that are read and, by the cache interface of
-transformers, the keys and values of all positions. The layer itself runs as upstream wrote it. Torch only.
+A forward pre-hook on the last layer hands it the positions that are read and, by the cache interface of transformers,
+the keys and values of all positions. The layer itself runs as upstream wrote it. This module needs only torch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ def serves(config) -> bool:
 
 
 def enable(decoder) -> None:
-    """From now on the decoder's last layer, given a `shared_prefix_layout`, returns (1, K', hidden) at its
-    `read.positions`. Without a layout it does what it always did."""
+    """Makes the decoder's last layer return (1, K', hidden) at `read.positions` of a given `shared_prefix_layout`.
+
+    Without a layout the layer does what it did before.
+    """
     disable(decoder)
     layer = decoder.layers[-1]
     setattr(layer, _HANDLE, layer.register_forward_pre_hook(_only_read_positions, with_kwargs=True))
 
 
 def disable(decoder) -> None:
-    """Undo `enable`. Does nothing on a decoder that is not enabled."""
+    """Undoes `enable`. Does nothing on a decoder that is not enabled."""
     layer = decoder.layers[-1]
     if hasattr(layer, _HANDLE):
         getattr(layer, _HANDLE).remove()
@@ -41,7 +43,7 @@ def disable(decoder) -> None:
 
 
 class _AllPositions:
-    """In the place of a transformers cache: the attention reads these keys and values, whatever it made."""
+    """Takes the place of a transformers cache: the attention reads these keys and values instead of those it made."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
         self.key, self.value = key, value
@@ -67,7 +69,7 @@ def _only_read_positions(layer, args: tuple, kwargs: dict[str, Any]):
     key = attention.k_proj(normed).view(heads).transpose(1, 2)
     value = attention.v_proj(normed).view(heads).transpose(1, 2)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    key = rotate(key[:, :0], key, cos, sin)[1]  # it rotates queries too: none are given
+    key = rotate(key[:, :0], key, cos, sin)[1]  # it rotates queries too, so it gets an empty tensor of them
     kwargs = dict(
         kwargs,
         position_embeddings=(cos[:, positions], sin[:, positions]),

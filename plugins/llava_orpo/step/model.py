@@ -55,7 +55,7 @@ def keep_four_bit_trainable(model) -> None:
     """Turns off bitsandbytes' inference kernels for AVX512-BF16 CPUs (0.50.2: nn.Linear4bit).
 
     Their first forward in eval mode repacks the weights for good; training after an evaluation would then run without
-    gradients to what comes before, with no more than a warning. CUDA layers do not have the attribute's effect.
+    gradients for the layers before, with only a warning. The attribute has no effect on CUDA layers.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

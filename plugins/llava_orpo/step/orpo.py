@@ -1,4 +1,4 @@
-"""ORPO's loss on mean log-probs per token. Pure functions; no model, no trainer.
+"""ORPO's loss on mean log-probs per token, as pure functions without a model or a trainer.
 
 Every argument `chosen` / `rejected` is a tensor of shape (n,): the mean log-prob in nats over one response's
 tokens, `log P(y|x) = (1/m) sum_t log P(y_t | x, y_<t)` (ORPO, arXiv 2403.07691, eq. 3). Results have the same
@@ -44,7 +44,7 @@ def log1m_exp(logp: torch.Tensor) -> torch.Tensor:
 
 
 def log_odds(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Log of the odds ratio, log [odds(chosen) / odds(rejected)] with odds = P / (1 - P) (eq. 4 and 5)."""
+    """The log odds ratio, log [odds(chosen) / odds(rejected)] with odds = P / (1 - P) (eq. 4 and 5)."""
     chosen, rejected = _at_least_fp32(chosen), _at_least_fp32(rejected)
     return (chosen - rejected) - (log1m_exp(chosen) - log1m_exp(rejected))
 
@@ -55,7 +55,7 @@ def odds_ratio_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
 
 
 def sft_loss(chosen: torch.Tensor) -> torch.Tensor:
-    """Negative mean log-prob of the chosen response: the SFT term of eq. 6."""
+    """The negative mean log-prob of the chosen response: the SFT term of eq. 6."""
     return -_at_least_fp32(chosen)
 
 

@@ -1,6 +1,6 @@
 """Packed shared-prefix batches: each image and each prompt once, however many responses follow it.
 
-A batch is ONE row of T tokens without padding. It holds groups; a group is a tree of segments, written in
+A batch is ONE sequence of T tokens without padding. It holds groups; a group is a tree of segments, written in
 pre-order:
 
     [ root | question a | chosen | rejected | chosen | rejected | question b | chosen | rejected ] [ root ...
@@ -9,12 +9,12 @@ root      longest common token prefix of the group's prompts (image level); the 
 question  what is left of a prompt; pairs with equal prompts share it; absent when nothing is left
 responses the tokens of one answer, never shared
 
-A token sees itself, what stands before it in its own segment, and its segment's ancestors; position ids
-continue from the parent's end. So every hidden state equals the one of the plain sequence prompt + response.
+A token sees itself, the tokens before it in its own segment, and its segment's ancestors; position ids continue from
+the parent's end. So every hidden state equals the one of the plain sequence prompt + response.
 In pre-order each segment's subtree is one interval, which makes the whole rule `j <= i < subtree_end[j]`
 (query i, key j).
 
-Torch only. The attention that reads the layout, and the model call, are in `attention.py`.
+This module needs only torch. The attention that reads the layout, and the model call, are in `attention.py`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of the row; `parent` indexes `SharedPrefixLayout.segments` (-1: root of a group);
-    `position` is the position id of the first token."""
+    """Tokens [start, stop) of the sequence.
+
+    `parent` indexes `SharedPrefixLayout.segments` (-1: root of a group); `position` is the first token's position id.
+    """
 
     start: int
     stop: int
@@ -55,11 +57,11 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class ReadPositions:
-    """The K' positions of a packed row whose final hidden state is read: each predicts a response token.
+    """The K' positions of a packed sequence whose final hidden state is read: each predicts a response token.
 
     positions  (K',) int64, ascending, each position once
     counts     how many of them each group holds
-    index      (K,) int64: where each entry of `PackedBatch.logits_to_keep` stands in `positions`
+    index      (K,) int64: the place of each entry of `PackedBatch.logits_to_keep` in `positions`
     """
 
     positions: torch.Tensor
@@ -69,9 +71,9 @@ class ReadPositions:
 
 @dataclass(frozen=True, eq=False)
 class SharedPrefixLayout:
-    """Who sees whom in a packed row of T tokens.
+    """Which token sees which in a packed sequence of T tokens.
 
-    segments     all segments in row order
+    segments     all segments in the order of the sequence
     groups       per group (root length, tail length); groups follow each other without gaps
     subtree_end  (T,) int64: end of the subtree of each token's segment
     read         see ReadPositions
@@ -86,7 +88,7 @@ class SharedPrefixLayout:
 
     @property
     def num_tokens(self) -> int:
-        """T, the length of the row."""
+        """T, the length of the sequence."""
         return sum(root + tail for root, tail in self.groups)
 
     @cached_property
@@ -120,9 +122,11 @@ class SharedPrefixLayout:
         return tuple(masks)
 
     def block_mask(self):
-        """`torch.nn.attention.flex_attention.BlockMask` of the whole row, from block-wise minima and maxima
-        of `subtree_end`: nothing of size T x T is made. Blocks that only might hold a visible key count as
-        partial."""
+        """`torch.nn.attention.flex_attention.BlockMask` of the whole sequence.
+
+        Made from block-wise minima and maxima of `subtree_end`, so nothing of size T x T exists. Blocks that only might
+        hold a visible key count as partial.
+        """
         if "block_mask" not in self._cache:
             self._cache["block_mask"] = self._block_mask()
         return self._cache["block_mask"]
@@ -166,7 +170,7 @@ class SharedPrefixLayout:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """n pairs packed into one row of T tokens; K response tokens in all.
+    """n pairs packed into one sequence of T tokens; K response tokens in all.
 
     input_ids, position_ids  (1, T) int64
     layout                   see SharedPrefixLayout
@@ -174,7 +178,7 @@ class PackedBatch:
                              once for each response that starts there
     targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
     lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
-    num_image_tokens         placeholders in the row (0 when `pack` was not told the image token)
+    num_image_tokens         placeholders in the sequence (0 when `pack` was not told the image token)
     """
 
     input_ids: torch.Tensor
@@ -215,11 +219,11 @@ def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
 
 
 def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = None) -> PackedBatch:
-    """Pack groups of pairs into one row. The pairs of a group share one image, or are text-only.
+    """Packs groups of pairs into one sequence. The pairs of a group share one image, or are text-only.
 
     Raises ValueError naming group and pair for an empty group, prompt or response, and, given
     `image_token_id`, for image tokens in a response or behind the point where the group's prompts part (the
-    image would stand in the row twice).
+    image would be in the sequence twice).
     """
     row = _Row(image_token_id)
     pair_index = 0
@@ -251,7 +255,7 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 class _Row:
-    """Collects the segments of a row; `finish` turns them into tensors."""
+    """Collects the segments of a sequence; `finish` turns them into tensors."""
 
     def __init__(self, image_token_id: int | None):
         self.image_token_id = image_token_id

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from logits, lean in memory. Torch only."""
+"""Log-probs of given tokens from logits, with little memory. This module needs only torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Leave out the vision layers whose output LLaVA never reads.
+"""Leaves out the vision layers whose output LLaVA never reads.
 
-LLaVA takes hidden state -2 of CLIP, so the last layer is computed for nothing. Torch only.
+LLaVA takes hidden state -2 of CLIP, so the last layer is computed for nothing. This module needs only torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def skip_unread_vision_layers(model) -> Iterator[int]:
     """Inside the context, layers after `vision_feature_layer` hand their input on; yields how many those are.
 
     model: a transformers LlavaNextForConditionalGeneration (unwrap PEFT and DDP first). The features LLaVA
-    reads are bit-identical; only the tower's `last_hidden_state` and pooled output, which nothing in LLaVA
-    reads, differ. Works on the layer instances, no upstream class is touched; each gets its own `forward`
-    back even after an error. Raises ValueError when a parameter of the vision tower is trainable.
+    reads are bit-identical; only the tower's `last_hidden_state` and pooled output differ, which nothing in LLaVA
+    reads. It works on the layer instances and touches no upstream class; each layer gets its own `forward` back
+    even after an error. Raises ValueError when a parameter of the vision tower is trainable.
     """
     tower = model.model.vision_tower
     trainable = next((name for name, p in tower.named_parameters() if p.requires_grad), None)

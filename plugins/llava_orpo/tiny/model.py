@@ -40,10 +40,10 @@ SETTINGS_FILE = "tiny_llava.json"
 
 
 def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
-    """Train a BPE tokenizer of the Llama kind: ▁ for spaces, byte fallback, BOS in front, no merge across words.
+    """Trains a BPE tokenizer of the Llama kind: ▁ for spaces, byte fallback, BOS in front, no merge across words.
 
     As in the published checkpoint, <image> and <pad> are special tokens behind the trained vocabulary, and every text
-    between special tokens gets a ▁ in front (`legacy`), also the newline after <image>.
+    between special tokens, the newline after <image> included, gets a ▁ in front (`legacy`).
     """
     rng = random.Random(f"tokenizer/{seed}")
     corpus = ["[INST] [/INST]"]
@@ -72,7 +72,7 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
         padding_side="left",
     )
     # LlamaTokenizer's own legacy setting leaves out the ▁ before a text that starts with a space; the published
-    # tokenizer.json does not. It is that file which transformers and vLLM read of a llava_next folder.
+    # tokenizer.json does not. transformers and vLLM read that file of a llava_next folder.
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
@@ -140,7 +140,7 @@ def make_model(tokenizer: LlamaTokenizer) -> LlavaNextForConditionalGeneration:
 
 
 def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, out: Path, made: dict) -> None:
-    """Write the folder beside `out`, then put it in place in one move."""
+    """Writes the folder beside `out`, then renames it."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -157,7 +157,7 @@ def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the weights depend on, beside this code: pictures drawn, steps of each phase, share of false answers."""
+    """What the weights depend on besides this code: pictures drawn, steps of each phase, share of false answers."""
 
     images: int
     sight_steps: int
@@ -192,7 +192,7 @@ def make(out: Path, **recipe) -> str:
 
 
 def build(recipe: Recipe, sight: Path) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-    """The trained model and its processor. sight: folder in which the first phase's result waits for the second."""
+    """The trained model and its processor. sight: folder that keeps the first phase's result for the second."""
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer(recipe.seed)
     processor, model = make_processor(tokenizer), make_model(tokenizer)

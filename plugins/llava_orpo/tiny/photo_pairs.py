@@ -22,7 +22,7 @@ COLUMNS = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origi
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
-    """English-looking words, one or two tokens each."""
+    """Words that look English, of one or two tokens each."""
     return " ".join(rng.choice(WORDS, words)).capitalize() + "."
 
 

@@ -31,8 +31,10 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Geometry:
-    """Widths and depths. text = (hidden, intermediate, layers, heads, key-value heads), vision = (hidden,
-    intermediate, layers, heads), tile in pixels."""
+    """Widths and depths; tile is in pixels.
+
+    text = (hidden, intermediate, layers, heads, key-value heads), vision = (hidden, intermediate, layers, heads).
+    """
 
     text: tuple[int, int, int, int, int]
     vision: tuple[int, int, int, int]
@@ -93,8 +95,8 @@ def tokenizer(folder: Path):
     """The real 32,000-piece Mistral v1 tokenizer with <image> = 32000 and <pad> = 32001, written as tokenizer.json.
 
     It is of the published checkpoint's kind (`legacy`): every text between special tokens gets a word-start mark, so
-    28705 stands before and after the image. transformers 5 loads a llava_next tokenizer from tokenizer.json alone;
-    what it would make of tokenizer.model has no such mark.
+    28705 stands before and after the image. transformers 5 loads a llava_next tokenizer from tokenizer.json alone; what
+    it would make of tokenizer.model lacks the mark.
     """
     names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

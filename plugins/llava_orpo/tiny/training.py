@@ -1,9 +1,9 @@
 """The two training phases of the tiny LLaVA-NeXT (scripts/make_tiny_llava.py).
 
-1. Sight: the vision tower learns to label each patch with the color and shape of what covers it. This stands in for
-   CLIP's pretraining. It also ends, like CLIP's, with the vision tower frozen.
-2. Instruction tuning: projector and language model learn to answer questions in the exact prompt format. Part of the
-   answers is false in a systematic way (`world.misperceive`), so the model learns to hallucinate.
+1. Sight: the vision tower learns to label each patch with the color and shape of what covers it. This takes the place
+   of CLIP's pretraining and, like it, ends with a frozen vision tower.
+2. Instruction tuning: projector and language model learn to answer questions in the exact prompt format. Some of the
+   answers are false in a systematic manner (`world.misperceive`), so the model learns to hallucinate.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pictures:
 
 
 def draw_pictures(processor: LlavaNextProcessor, count: int, seed: int) -> Pictures:
-    """Draw `count` random scenes and cut them, and their patch labels, with the model's own image processor."""
+    """Draws `count` random scenes and cuts them, and their patch labels, with the model's own image processor."""
     rng = random.Random(f"pretraining/{seed}")
     images = processor.image_processor
     scenes, sizes, tiles, colors, shapes, offsets = [], [], [], [], [], [0]
@@ -85,7 +85,7 @@ def make_updater(named: list[tuple[str, torch.nn.Parameter]], steps: int) -> Cal
     """One training step as a function of the loss: Muon for the matrices inside the blocks, AdamW for the rest.
 
     Both learning rates warm up linearly over a tenth of the steps, then follow half a cosine down to zero. Muon needs
-    less than half of AdamW's steps here, which is what keeps this script at minutes.
+    less than half of AdamW's steps here, which keeps this script at minutes.
     """
     inside = [p for name, p in named if p.ndim == 2 and not ("embed" in name or "head" in name)]
     chosen = {id(p) for p in inside}
@@ -138,7 +138,7 @@ def train_sight(
     seed: int,
     batch: int = 128,
 ) -> None:
-    """Train the vision tower on patch labels, read from the layer the projector reads (hidden state -2, no CLS)."""
+    """Trains the vision tower on patch labels, read from the layer the projector reads (hidden state -2, no CLS)."""
     if steps == 0:
         return
     tower = model.model.vision_tower
@@ -189,7 +189,7 @@ def write_turn(scene: world.Scene, rng: random.Random, rate: float, detailed: bo
 
 
 def tokenize_turns(processor: LlavaNextProcessor, turns: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """Tokenize turns in the model's prompt format.
+    """Tokenizes turns in the model's prompt format.
 
     Returns:
         For each turn the ids after the image's newline (question, response, </s>), and how many of them are response.
@@ -214,7 +214,7 @@ def instruction_batches(
     turns: int,
     truthful: float,
 ) -> Iterator[tuple[list[int], list[list[tuple[list[int], int]]]]]:
-    """Yield (picture numbers, tokenized turns of each). The first turn of each picture is a detailed description.
+    """Yields (picture numbers, tokenized turns of each). The first turn of each picture is a detailed description.
 
     The answers of the first steps are true; from step truthful * steps on their writer misperceives at `rate`.
     """
@@ -228,9 +228,9 @@ def instruction_batches(
 
 
 def branch_layout(prefix: int, turns: list[tuple[list[int], int]], length: int) -> tuple[torch.Tensor, ...]:
-    """Lay out several turns about one picture behind one shared prefix, padded to `length` tokens.
+    """Lays out several turns about one picture behind one shared prefix, padded to `length` tokens.
 
-    Every turn sees the prefix and itself, never another turn, so each is trained exactly as if it stood alone.
+    Every turn sees the prefix and itself, never another turn, so each is trained exactly as if it were alone.
 
     Returns:
         mask: (length, length) bool, True where a query (row) sees a key (column).
@@ -262,10 +262,10 @@ def train_instructions(
     turns: int = 8,
     habits: bool = False,
 ) -> None:
-    """Train projector, newline, language model and LM head on questions and partly false answers (vision frozen).
+    """Trains projector, newline, language model and LM head on questions and partly false answers (vision frozen).
 
-    With `habits` all answers are written at `rate` and the updates are gentle: the model takes to hallucinating but
-    keeps what it sees, which is what preference training is to bring out again.
+    With `habits` all answers are written at `rate` and the updates are gentle: the model gets the habit of
+    hallucinating but still sees as before, which preference training can bring out again.
     """
     if steps == 0:
         return

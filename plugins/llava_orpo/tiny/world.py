@@ -69,7 +69,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def _change(scene: Scene, rng: random.Random) -> Scene:
-    """Recolor one object, reshape one, or swap two. Each change is as likely as its inverse."""
+    """Recolors one object, reshapes one, or swaps two. Each change is as likely as its inverse."""
     objects = list(scene.objects)
     kind = rng.choice(("color", "shape", "swap"))
     if kind == "swap":
@@ -95,8 +95,11 @@ def counterfactual(scene: Scene, rng: random.Random, changes: int = 1) -> Scene:
 
 
 def misperceive(scene: Scene, rng: random.Random, rate: float) -> Scene:
-    """What a careless observer reports: each color and shape becomes its `partner` with probability `rate`,
-    and with probability `rate` / 2 left and right are exchanged."""
+    """What a careless observer reports.
+
+    Each color and shape becomes its `partner` with probability `rate`, and left and right are exchanged with
+    probability `rate` / 2.
+    """
     objects = tuple(tuple(partner(name) if rng.random() < rate else name for name in pair) for pair in scene.objects)
     if rng.random() < rate / 2:
         rows = [objects[r * scene.columns : (r + 1) * scene.columns] for r in range(scene.rows)]
@@ -208,7 +211,7 @@ def ask(scene: Scene, key: tuple, writer: int) -> str:
 
 
 def answer(scene: Scene, key: tuple, value: object, writer: int) -> str:
-    """The sentence that gives `value` as the answer to `key`. For one key, all values give equally many words.
+    """The sentence that gives `value` as the answer to `key`. All values of one key give equally many words.
 
     Comparisons and counts name what they compare or count before they conclude.
     """
@@ -282,12 +285,11 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
 
 
 def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
-    """Render a scene.
+    """Renders a scene. Sizes, places and colors are jittered by `rng`, so two pictures of one scene differ.
 
     Returns:
         The RGB picture, and an "L" picture of the same size that holds at each pixel the object's index + 1 (0 is
         the background).
-        Sizes, places and colors are jittered by `rng`, so two pictures of one scene differ.
     """
     zoom = 3  # drawn larger, then averaged down: smooth edges
     cell = rng.randint(44, 84)

@@ -26,7 +26,7 @@ SETTINGS_KEY = b"demo_world"  # where a file's own schema metadata says how it w
 
 
 def make_pairs(split: str, count: int, seed: int) -> list[dict]:
-    """Draw pictures and write 3 to 5 pairs about each, until there are `count` pairs.
+    """Draws pictures and writes 3 to 5 pairs about each, until there are `count` pairs.
 
     Returns:
         Rows in RLAIF-V's schema: `image` is {"bytes": PNG, "path": str}, everything else a string. `origin_split` is
@@ -74,7 +74,7 @@ def settings(split: str, count: int, seed: int) -> bytes:
 
 
 def write_split(path: Path, split: str, count: int, seed: int) -> bool:
-    """Write one parquet file unless it is there and was made with the same settings. True if it was written."""
+    """Writes one parquet file unless it exists and was made with the same settings. Returns True if it was written."""
     made = settings(split, count, seed)
     if path.exists() and (pq.read_schema(path).metadata or {}).get(SETTINGS_KEY) == made:
         return False

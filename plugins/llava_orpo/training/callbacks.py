@@ -1,4 +1,4 @@
-"""What a run leaves behind beside metrics: skipped rows, fuller trainer_log.jsonl, a W&B table of examples."""
+"""Callbacks of a training: a fuller trainer_log.jsonl, a W&B table of examples, Trackio after training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class WandbExamples(TrainerCallback):
         self.pending: tuple[list[dict[str, Any]], str] | None = None
 
     def offer(self, examples: list[dict[str, Any]], folder: str) -> None:
-        """Examples of the evaluation that just ended; logged with its metrics."""
+        """Takes the examples of the evaluation that just ended; they are logged with its metrics."""
         self.pending = (examples, folder)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -70,7 +70,7 @@ class WandbExamples(TrainerCallback):
 class TrackioAfterTraining(TrainerCallback):
     """Lets the evaluation after a training reach Trackio, in the run of that training.
 
-    transformers 5.5.4's TrackioCallback ends its run with the training, goes on as if it had not, and LLaMA-Factory's
+    transformers 5.5.4's TrackioCallback ends its run with the training but does not note it, so LLaMA-Factory's
     evaluation with the best model would stop with "Call trackio.init() before trackio.log()".
     """
 

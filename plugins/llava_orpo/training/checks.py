@@ -61,7 +61,7 @@ def fallback_reason(config, model_args, finetuning_args) -> str:
 
 
 def announce_stock_evaluation(training_args) -> None:
-    """LLaMA-Factory's own trainer evaluates in its own way. Raises UserError if the run waits for a metric of ours."""
+    """Warns that the stock trainer evaluates differently. Raises UserError if the run waits for a metric of ours."""
     if "preference_accuracy" in str(training_args.metric_for_best_model):
         raise UserError(
             "metric_for_best_model: preference_accuracy comes from the plugin's evaluation, which needs the "
@@ -91,7 +91,7 @@ def refuse_unusable_rows(rows: dict, arguments, training_args) -> None:
 
 
 def tokens_per_second(rows, metrics: dict[str, float]) -> float:
-    """LLaMA-Factory's effective_tokens_per_sec: the tokens of prompt + chosen and prompt + rejected, per second."""
+    """LLaMA-Factory's effective_tokens_per_sec: the tokens of prompt + chosen and prompt + rejected per second."""
     if "chosen_input_ids" in rows.column_names:
         return calculate_tps(rows, metrics, stage="rm")
     columns = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens"])
@@ -99,6 +99,6 @@ def tokens_per_second(rows, metrics: dict[str, float]) -> float:
 
 
 def _two_sequences(row) -> dict[str, range]:
-    """As many tokens as LLaMA-Factory's own columns of this pair would hold."""
+    """As many tokens as the stock columns of this pair would hold."""
     prompt = len(row["prompt_ids"]) + max(row["num_image_tokens"] - 1, 0)
     return {f"{side}_input_ids": range(prompt + len(row[f"{side}_ids"])) for side in ("chosen", "rejected")}

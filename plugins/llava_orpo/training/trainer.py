@@ -38,9 +38,9 @@ logger = logging.get_logger("llamafactory." + __name__)
 class SharedPrefixTrainer(CustomDPOTrainer):
     """`CustomDPOTrainer` whose step takes the batches of `SharedPrefixCollator`.
 
-    Logged terms keep the names of LLaMA-Factory and TRL. Two are ours alone to define: `logits/*` is the mean
-    logit at response positions (LLaMA-Factory averages over every position of the padded batch, which are not
-    computed here), and `data_wait_fraction` is the share of the time since the last log spent waiting for data.
+    Logged terms keep the names of LLaMA-Factory and TRL. Two are defined here: `logits/*` is the mean logit at
+    response positions (stock LLaMA-Factory averages over every position of the padded batch, which are not computed
+    here), and `data_wait_fraction` is the share of the time since the last log that was spent waiting for data.
     """
 
     def __init__(self, *args, plugin_arguments: PluginArguments, **kwargs):
@@ -96,13 +96,13 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         return samples
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 * parameters * tokens (transformers' estimate) with the tokens that really run."""
+        """6 * parameters * tokens (transformers' estimate), with the tokens that are really run."""
         return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["packed"].num_tokens
 
     # step ---------------------------------------------------------------------------------------------------
 
     def concatenated_forward(self, model, batch: dict[str, Any], is_ref_model: bool = False) -> dict[str, torch.Tensor]:
-        """One forward for all responses. Log-probs are means for ipo, orpo and simpo, sums otherwise; (n,) each."""
+        """Runs one forward for all responses. Log-probs are means for ipo, orpo and simpo, else sums; (n,) each."""
         packed, logits, sums, lengths = packed_logps(model, batch, self.args.device, skip_unread=self._tower_frozen)
         means = sums / lengths
         logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
@@ -121,8 +121,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         }
 
     def pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(per-pair terms, each (n,); the forward's output). Terms: loss, sft_loss, rewards and, for ORPO,
-        odds_ratio_loss and log_odds."""
+        """(terms per pair, each (n,); the forward's output).
+
+        The terms are loss, sft_loss, rewards and, for ORPO, odds_ratio_loss and log_odds.
+        """
         output = self.concatenated_forward(model, batch)
         chosen, rejected = output["chosen_logps"], output["rejected_logps"]
         if self.loss_type == "orpo":
@@ -255,7 +257,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         return metrics
 
     def evaluated_now(self) -> dict[str, float] | None:
-        """Metrics of the evaluation that training ended with, if the model still is the one of that step."""
+        """Metrics of the evaluation that training ended with, if the model is still that of the last step."""
         if self.args.load_best_model_at_end:
             return None
         last = [entry for entry in self.state.log_history if entry.get("step") == self.state.global_step]

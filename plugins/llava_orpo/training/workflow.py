@@ -1,7 +1,7 @@
 """A training, from a recipe's parsed arguments to the saved adapter: check, build, run_dpo.
 
-Takes the place of llamafactory 0.9.5's train/dpo/workflow.py. What `llamafactory-cli train` reads before it comes here
-is in `integration`; the step itself is in `trainer`.
+Takes the place of llamafactory 0.9.5's train/dpo/workflow.py. `integration` handles what `llamafactory-cli train` reads
+before this point; the step itself is in `trainer`.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
     if training_args.do_eval:
         metrics = (run.shared_prefix and trainer.evaluated_now()) or trainer.evaluate(metric_key_prefix="eval")
         if finetuning_args.use_ref_model and not (training_args.do_train or finetuning_args.ref_model):
-            metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # its own reference
+            metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # it is its own reference
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
 def build(run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None) -> CustomDPOTrainer:
-    """The trainer: a SharedPrefixTrainer, or LLaMA-Factory's own where the shared-prefix step is off or cannot serve.
+    """The trainer: a SharedPrefixTrainer, or the stock one where the shared-prefix step is off or cannot serve.
 
     Raises UserError for what `check` and `read_rows` refuse.
     """
@@ -105,7 +105,7 @@ def build(run: Run, model_args, data_args, training_args, finetuning_args, callb
 
 
 def check(run: Run, model_args, data_args, training_args, finetuning_args) -> str:
-    """What can be known before the data is read. Returns why the shared-prefix step cannot serve this run, or "".
+    """Checks what can be known before the data is read; returns why the shared-prefix step cannot serve, or "".
 
     Raises UserError for a template, model, length or key that this plugin cannot train with, and for a best-model
     metric that the run will not have.
