@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
         import pyarrow.parquet as pq
 
         row = pq.read_table(args.data).slice(args.row, 1).to_pylist()[0]
+    if args.image and not args.image.is_file():
+        parser.error(f"there is no image {args.image}")
     if not (args.question or row):
         parser.error("give --question (with --image), or --data")
     question = args.question or row["question"]

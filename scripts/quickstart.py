@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. To go on with the unfinished step: bash scripts/quickstart.sh", file=sys.stderr)
+        print("\nStopped. To resume at the unfinished step: bash scripts/quickstart.sh", file=sys.stderr)
         return 130
     print_summary(sum(steps.seconds.values()))
     return 0

@@ -6,6 +6,7 @@ Only what would end in an error later is refused, and keys and values are checke
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from . import PLUGIN_NAME, keys, precheck, recipe
@@ -69,11 +70,12 @@ def check(command: str, words: Sequence[str]) -> bool:
 def usage(command: str) -> str:
     """The help of one command, on one page."""
     ours = ", ".join(key for key, schema in keys.known().items() if schema["$comment"] == PLUGIN_KEYS)
+    ours = textwrap.fill(f"With `plugins: {PLUGIN_NAME}` in the recipe it may also hold: {ours}.", 100)
     return f"""usage: llamafactory-cli {command} recipe.yaml [key=value …]
 
 To {PURPOSES[command]}. Every key of the recipe can be given or changed behind it: learning_rate=1e-5
 
-With `plugins: {PLUGIN_NAME}` in the recipe it may also hold: {ours}.
+{ours}
 docs/keys.md explains these; every key, LLaMA-Factory's included, is described with its type and default in
 {keys.place()}
 The recipes in recipes/ say what they need, what they write and what comes next.

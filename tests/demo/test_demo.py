@@ -76,7 +76,7 @@ def test_answers_are_those_of_transformers_and_peft(candidates, references):
     assert said[0] != said[1]
     parts = list(models.stream_answer(candidates[1], png(image), QUESTION, TOKENS))
     assert len(parts) > 3 and parts[-1] == said[1]
-    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=True))
+    assert all(later.startswith(earlier) for earlier, later in zip(parts, parts[1:], strict=False))
 
 
 def test_two_users_at_once_do_not_switch_each_others_adapter(candidates):

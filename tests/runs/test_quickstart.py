@@ -68,7 +68,7 @@ def test_a_stopped_step_is_not_done_and_says_how_to_go_on(quickstart, monkeypatc
     monkeypatch.setattr(quickstart, "run", interrupted)
     monkeypatch.setattr(quickstart, "run_steps", lambda steps: steps.run("train", python("1"), str(tmp_path / "made")))
     assert quickstart.main([]) == 130
-    assert capsys.readouterr().err == "\nStopped. To go on with the unfinished step: bash scripts/quickstart.sh\n"
+    assert capsys.readouterr().err == "\nStopped. To resume at the unfinished step: bash scripts/quickstart.sh\n"
     assert not (tmp_path / "train.done").exists()
 
 

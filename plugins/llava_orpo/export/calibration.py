@@ -132,7 +132,7 @@ def checkpoint_conversation(processor, folder: Path) -> Conversation:
         if conversation.render_prompt(PROBE, has_image=True) == rendered:
             return conversation
     raise CheckpointError(
-        f"{folder}: its chat template writes {rendered!r}, which is no LLaVA-1.6 template ({', '.join(CONVERSATIONS)})."
+        f"{folder}: its chat template writes {rendered!r}, which is not LLaVA-1.6's ({', '.join(CONVERSATIONS)})."
     )
 
 

@@ -75,7 +75,7 @@ def check_version(parsed: PluginArguments) -> None:
         )
         if not parsed.allow_untested_llamafactory:
             raise UserError(message + ", or set `allow_untested_llamafactory: true` to try anyway.")
-        logger.warning_rank0(message + "; going on because of `allow_untested_llamafactory`.")
+        logger.warning_rank0(message + "; continuing because of `allow_untested_llamafactory`.")
 
 
 def activate(parsed: PluginArguments) -> Run:

@@ -136,7 +136,7 @@ def append_history(path: str | os.PathLike, entry: dict[str, Any]) -> None:
 
 
 def read_history(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Entries of `preference_eval.json`, by step; ValueError names a file that is not one."""
+    """Entries of `preference_eval.json`, by step. Raises UserError naming a file that is not one."""
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)

@@ -41,7 +41,7 @@ def build_page(
     """The page as text.
 
     Raises:
-        ValueError: an input file is damaged, or the baseline was scored on other pairs (the missing ids are named).
+        UserError: an input file is damaged, or the baseline was scored on other pairs (the missing ids are named).
     """
     texts = read_texts(after, generations)
     examples = choose_examples(after, before, texts, max_examples)
