@@ -392,3 +392,13 @@ def test_grounding_is_two_comparisons_with_one_seed():
         result = metrics.grounding(true, grey, other, **keys)
         assert result["true_minus_grey"] == metrics.compare(true, grey, **keys)
         assert result["true_minus_other"] == metrics.compare(true, other, **keys)
+
+
+def test_an_image_is_resampled_with_its_own_pairs():
+    """One side right on every pair: the difference is 1 in every resample, however unequal the images' shares are."""
+    images = [f"i{image}" for image, count in enumerate((1, 5, 20)) for _ in range(count)]
+    right = [make_pair(f"p{i}", -1.0, -2.0, image_hash=image) for i, image in enumerate(images)]
+    wrong = [make_pair(f"p{i}", -2.0, -1.0, image_hash=image) for i, image in enumerate(images)]
+    result = metrics.compare(right, wrong, n_boot=200)
+    assert (result["difference_low"], result["difference"], result["difference_high"]) == (1.0, 1.0, 1.0)
+    assert result["margin_difference_low"] == result["margin_difference_high"] == 2.0
