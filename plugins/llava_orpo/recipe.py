@@ -8,6 +8,7 @@ fix ends in one line. Nothing here imports torch, transformers or LLaMA-Factory.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,5 +271,5 @@ def _modern(words: list[str], old: Mapping[str, str], schemas: Mapping[str, dict
     else:
         file += loose
     words = [*file, *(word for word in rest if "=" in word), *changed]
-    print(f"This spelling is deprecated; write: {' '.join([Path(sys.argv[0]).name, *words])}", file=sys.stderr)
+    print(f"This spelling is deprecated; write: {shlex.join([Path(sys.argv[0]).name, *words])}", file=sys.stderr)
     return words

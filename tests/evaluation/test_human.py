@@ -153,7 +153,7 @@ def test_report_numbers(tmp_path, file, capsys):
     folder = tmp_path / "votes_secrettuned_vs_secretbase"
     store = VoteStore(folder)
     for rater, choices in {"ann": "aaabt", "bob": "aabb"}.items():
-        for pair, choice in zip(pairs, choices, strict=True):
+        for pair, choice in zip(pairs, choices, strict=False):  # bob leaves one out
             store.add(rater, pair, {"a": "left", "b": "right", "t": "tie"}[choice], False)
     VoteStore(folder).path("nobody").touch()
     judged = [{"key": pair.key, "outcome": "a"} for pair in pairs]

@@ -158,7 +158,7 @@ TROUBLE = {
     "bad gateway": Reply(raw="<html>", status=502),
     "not json": Reply(raw="<html>"),
     "no choices": Reply(raw='{"choices": []}'),
-    "time-out": Reply("VERDICT: A", delay=0.6),
+    "time-out": Reply("VERDICT: A", delay=1.6),
     "no verdict": Reply("I like both of them in their own way, really."),
     "empty": Reply(""),
 }
@@ -179,7 +179,7 @@ def test_trouble_that_passes(file, kind):
         return honest(request)
 
     with JudgeServer(behave) as server:
-        summary = run(file, server, "timeout=0.3")
+        summary = run(file, server, *(["timeout=1"] if kind == "time-out" else []))
     assert counts(summary) == (12, 3, 5)
     assert len(server.requests) == 40 + 14  # both orders of 0, 3, …, 18
 

@@ -42,9 +42,9 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
             plugin_arguments.refuse_unknown_keys(list(rest), known)
         project = rest.get("project")
     else:
-        parsed, rest = HfArgumentParser(PluginArguments).parse_args_into_dataclasses(
-            args=args, return_remaining_strings=True
-        )
+        ours = HfArgumentParser(PluginArguments, allow_abbrev=False)  # --dataset is not short for --dataset_filter
+        parsed, rest = ours.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
+        project = dict(zip(rest, rest[1:], strict=False)).get("--project")
     check_version(parsed)
     run = activate(parsed)
     if project:  # transformers' own `project` key reaches Trackio only

@@ -57,7 +57,10 @@ def align(original):
     def align_dataset(dataset, dataset_attr, data_args, training_args):
         request = getattr(dataset_attr, "llava_orpo", None)
         if request is None:
-            return original(dataset, dataset_attr, data_args, training_args)
+            aligned = original(dataset, dataset_attr, data_args, training_args)
+            if not data_args.streaming:
+                current().considered += len(aligned)
+            return aligned
         aligned = rlaif_v.align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
         current().skipped += [dict(entry, stage="reading") for entry in request.skipped]
         current().considered += request.considered

@@ -15,14 +15,14 @@ class Run:
 
     arguments      the plugin's keys
     originals      (module, name, original) of every swapped name
-    variables      names of environment variables that were set for this recipe
+    variables      environment variables that were set for this recipe, with their values
     skipped        rows left out so far, as skipped_rows.jsonl lists them, out of `considered` rows
     shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
     """
 
     arguments: PluginArguments
     originals: list[tuple[Any, str, Any]] = field(default_factory=list)
-    variables: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     considered: int = 0
     shared_prefix: bool = True
@@ -31,7 +31,7 @@ class Run:
         """Sets an environment variable for this recipe, unless the user has set it."""
         if variable not in os.environ:
             os.environ[variable] = value
-            self.variables.append(variable)
+            self.variables[variable] = value
 
 
 _run: Run | None = None  # one per process, because the swapped functions are called without any state of ours
@@ -50,8 +50,9 @@ def deactivate() -> None:
     if _run is not None:
         for module, attribute, original in reversed(_run.originals):
             setattr(module, attribute, original)
-        for variable in _run.variables:
-            os.environ.pop(variable, None)
+        for variable, value in _run.variables.items():
+            if os.environ.get(variable) == value:  # whoever changed it since wants it so
+                del os.environ[variable]
         _run = None
 
 
