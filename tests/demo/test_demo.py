@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -261,11 +262,14 @@ def test_flags_of_before_still_work(folder, keys, monkeypatch, capsys):
     recipe, adapter, rows = folder / "recipe.yaml", folder / "adapter", folder / "rows.parquet"
     flags = ["--aligned", adapter, f"--examples={rows}", "--port", 7861, "--max-new-tokens", 9]
     flags += ["--max-upload-mb", 2, "--host=127.0.0.2", "--share", "cutoff_len=512"]
+    monkeypatch.setattr(sys, "argv", ["scripts/demo.py"])  # what the deprecation line names
     assert demo.main([str(recipe), *map(str, flags)]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     explanation, words = line.split(" write: ")
-    assert explanation == "This spelling is deprecated;" and not any(word.startswith("-") for word in words.split())
-    assert demo.main(words.split()[1:]) == 0
+    assert explanation == "This spelling is deprecated;" and not any(
+        word.startswith("-") for word in shlex.split(words)
+    )
+    assert demo.main(shlex.split(words)[1:]) == 0
     options = {"server_name": "127.0.0.2", "server_port": 7861, "share": True, "show_api": False, "show_error": True}
     candidates = ({**keys, "cutoff_len": 512}, str(adapter))
     assert started == [(candidates, [rows, 12], 9, {**options, "max_file_size": "2mb"})] * 2

@@ -136,3 +136,15 @@ def write_recipe(folder: Path, keys: dict, **more) -> Path:
     path = folder / f"{more.get('name', 'recipe')}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def step(trainer, features):
+    """(loss, logged terms, gradients by parameter name) of one training micro-batch, no optimizer step."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    batch = trainer._prepare_inputs(trainer.data_collator([dict(f) for f in features]))
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    trainer.accelerator.backward(loss)
+    gradients = {n: p.grad.detach().double() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), metrics, gradients

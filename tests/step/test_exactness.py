@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.recipes import build_trainer, photo_rows, random_model, write_rows
+from helpers.recipes import build_trainer, photo_rows, random_model, step, write_rows
 
 # LLaMA-Factory's logits/* average over every position of the padded batch; those logits are not computed here.
 COMPARED = (
@@ -25,18 +25,6 @@ COMPARED = (
     "sft_loss",
     "odds_ratio_loss",
 )
-
-
-def step(trainer, features):
-    """(loss, logged terms, gradients by parameter name) of one training micro-batch, no optimizer step."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    batch = trainer._prepare_inputs(trainer.data_collator([dict(f) for f in features]))
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
-    trainer.accelerator.backward(loss)
-    gradients = {n: p.grad.detach().double() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.item(), metrics, gradients
 
 
 @torch.no_grad()

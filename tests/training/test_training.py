@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
-from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, write_recipe, write_rows
+from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, step, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
 LORA = {
@@ -173,8 +173,6 @@ def test_four_bit_layers_are_the_language_model_only(tmp_path):
 
 def test_four_bit_training_goes_on_after_an_evaluation(tmp_path):
     """bitsandbytes' CPU inference kernels must not take over: they have no gradient."""
-    from test_exactness import step
-
     write_rows(tmp_path, photo_rows(2, 1))
     trainer = build_trainer(tmp_path, {**LORA, "quantization_bit": 4, "eval_dataset": "rows", "eval_strategy": "steps"})
     with torch.no_grad():
