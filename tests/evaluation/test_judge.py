@@ -308,6 +308,8 @@ def test_interrupted_run_resumes(file):
             env=os.environ,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            # a background job of a shell ignores it, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while len(server.requests) < 16:
             assert process.poll() is None, process.stderr.read().decode()
