@@ -12,3 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 settings.load_profile("explore" if drawn.EXPLORING else "repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
