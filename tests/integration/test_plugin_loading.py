@@ -22,6 +22,7 @@ from llava_orpo.integration import activation, run, swaps
 
 @pytest.fixture(autouse=True)
 def inactive():
+    run.deactivate()  # an earlier test of this process may have left its recipe active
     yield
     run.deactivate()
 
