@@ -142,3 +142,9 @@ def test_importing_a_pure_module_changes_nothing(module):
         [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
     )
     assert run.returncode == 0, run.stderr.decode()
+
+
+def test_the_licence_that_the_package_names_is_here():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert text.split()[:2] == ["Apache", "License"] and "Version 2.0" in text and "END OF TERMS AND CONDITIONS" in text
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
