@@ -158,11 +158,22 @@ def _names(value: Any) -> list[str]:
     return [str(name).strip() for name in names]
 
 
+def _export_dir(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    """What the plugin's own export would refuse after it has loaded the model (`checkpoint.files.check_output`)."""
+    folder = Path(str(recipe[key])).expanduser()
+    if recipe.get("export_quantization_bit") or recipe.get("overwrite_export_dir"):
+        return []
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    return [f"{key}: {folder} already holds files; name another folder, or set `overwrite_export_dir: true`."]
+
+
 CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "model_name_or_path": _model,
     "adapter_name_or_path": _adapters,
     "dataset": _datasets,
     "eval_dataset": _datasets,
+    "export_dir": _export_dir,
     "media_dir": _folder,
     "resume_from_checkpoint": _folder,
     "deepspeed": _file,

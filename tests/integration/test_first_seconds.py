@@ -119,6 +119,10 @@ REFUSED = [
         ["`learning_rate` is a key of `llamafactory-cli train`; `chat` does not take it."],
     ),
     ("export chat.yaml", ["export_dir is missing."]),
+    (
+        "export chat.yaml export_dir=data",
+        ["export_dir: data already holds files; name another folder, or set `overwrite_export_dir: true`."],
+    ),
     # values
     ("train good.yaml grounding_eval=flase", ["grounding_eval: 'flase' is not allowed; it must be true or false."]),
     (
