@@ -260,6 +260,14 @@ def test_ranks_share_the_positions_in_turn(positions, world_size, shares):
     assert [scoring.shard(positions, rank, world_size) for rank in range(world_size)] == shares
 
 
+def test_ranks_share_whole_batches_so_that_image_groups_survive():
+    positions = list(range(16))  # four pairs per image, in the order of their groups
+    shares = [scoring.shard(positions, rank, 2, batch_size=4) for rank in range(2)]
+    assert shares == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+    assert [scoring.shard(list(range(9)), rank, 2, 4) for rank in range(2)] == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8]]
+    assert [scoring.shard(list(range(5)), rank, 2, 8) for rank in range(2)] == [[0, 1, 2], [3, 4]], "less than a round"
+
+
 def test_merged_rows_are_each_there_once_in_the_order_of_the_set():
     good, bad = (
         [scoring.ScoredRow(i, str(i), "d", pair(i)) for i in range(4)],

@@ -1,4 +1,4 @@
-"""Pairs of one image in one batch: runs, batches and sampler as documented, a real run, and the announced fallback."""
+"""Pairs of one image in one batch: runs and batches as documented, a real run, and the announced fallback."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory.hparams import get_train_args
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from helpers.recipes import build_trainer, photo_rows, random_model, recipe, run_cli, write_recipe, write_rows
 from llava_orpo.integration.run import current
 from llava_orpo.preference.scoring import ConditionedRows
-from llava_orpo.step.batches import GroupByImageSampler, fill_batches, image_runs
+from llava_orpo.step.batches import fill_batches, image_runs
 from llava_orpo.step.collator import SharedPrefixCollator
 from llava_orpo.training import workflow
 
@@ -33,12 +31,6 @@ LORA = {
 
 HASHES = st.lists(st.sampled_from(["", *"abcdefgh"]), max_size=60)  # "": a pair without an image
 SIZES = st.integers(1, 9)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def sampler(hashes, batch_size, max_pairs, seed=None):
-    """Shuffled with a seed, in the given order without."""
-    return GroupByImageSampler(hashes, batch_size, max_pairs, shuffle=seed is not None, seed=seed or 0)
 
 
 def batches(order, size):
@@ -138,66 +130,6 @@ def test_batches_by_example():
     assert fill_batches([], 4) == []
 
 
-# sampler ------------------------------------------------------------------------------------------------------
-
-
-@given(HASHES, SIZES, SIZES, SEEDS)
-def test_every_epoch_is_a_permutation_and_repeats_from_its_seed(hashes, batch_size, max_pairs, seed):
-    one, same = (sampler(hashes, batch_size, max_pairs, seed) for _ in range(2))
-    for _ in range(3):
-        order = list(one)
-        assert len(one) == len(order) == len(hashes)
-        assert sorted(order) == list(range(len(hashes)))
-        assert order == list(same)
-
-
-@given(st.integers(12, 30), st.integers(1, 4), st.integers(1, 4), SEEDS)
-def test_epochs_and_seeds_differ(images, pairs, batch_size, seed):
-    hashes = [str(i) for i in range(images) for _ in range(pairs)]
-    one = sampler(hashes, batch_size, 4, seed)
-    first, second = list(one), list(one)
-    assert first != second
-    assert first != list(sampler(hashes, batch_size, 4, seed + 1 if seed < 2**32 - 1 else 0))
-
-
-@given(HASHES, SIZES, SIZES)
-def test_unshuffled_the_given_order_is_kept(hashes, batch_size, max_pairs):
-    one = sampler(hashes, batch_size, max_pairs)
-    order = list(one)
-    assert order == list(one) and len(one) == len(order)
-    assert sorted(order) == list(range(len(hashes)))
-    assert list(sampler([""] * len(hashes), batch_size, max_pairs)) == list(range(len(hashes)))
-
-
-@given(st.integers(1, 10), st.integers(1, 4), st.integers(1, 6), st.none() | SEEDS)
-def test_each_batch_is_one_image_when_the_counts_fit(images, runs_per_image, size, seed):
-    """Rows of the images interleaved; max_pairs and batch size the same, as the documentation advises."""
-    hashes = [str(i) for _ in range(runs_per_image * size) for i in range(images)]
-    for batch in batches(sampler(hashes, size, size, seed), size):
-        assert len(batch) == size and len({hashes[index] for index in batch}) == 1
-
-
-@given(HASHES, SIZES, SIZES, SEEDS)
-def test_shuffled_batches_keep_their_images_together(hashes, batch_size, max_pairs, seed):
-    """No more groups than runs and one split per batch; the collator's groups obey the limit."""
-    order = list(sampler(hashes, batch_size, max_pairs, seed))
-    groups = 0
-    for batch in batches(order, batch_size):
-        runs = image_runs([hashes[index] for index in batch], range(len(batch)), max_pairs)
-        assert all(len(run) <= max_pairs for run in runs)
-        groups += len(runs)
-    pieces = sum(-(-len(run) // batch_size) for run in image_runs(hashes, range(len(hashes)), max_pairs))
-    assert groups <= pieces + len(order) // batch_size
-
-
-@given(st.integers(1, 12), SEEDS)
-def test_pairs_of_an_image_stay_together_with_a_half_full_last_batch(images, seed):
-    """2 pairs an image in batches of 4: with an odd number of images the last batch is half full, and stays last."""
-    hashes = [str(i // 2) for i in range(2 * images)]
-    for batch in batches(sampler(hashes, 4, 4, seed), 4):
-        assert set(Counter(hashes[index] for index in batch).values()) == {2}
-
-
 # a real run ---------------------------------------------------------------------------------------------------
 
 
@@ -278,15 +210,6 @@ def test_a_sliding_window_trains_with_llama_factorys_own_trainer(tmp_path, monke
     else:
         assert len(announced) == 1 and "sliding window of 64 tokens" in announced[0]
         assert type(trainer).__name__ == "CustomDPOTrainer"
-
-
-def test_a_resumed_run_goes_on_with_the_order_of_its_epoch():
-    hashes = [str(i // 2) for i in range(40)]
-    one = sampler(hashes, 4, 4, seed=3)
-    epochs = [list(one) for _ in range(3)]
-    loader = prepare_data_loader(DataLoader(range(40), batch_size=4, sampler=sampler(hashes, 4, 4, seed=3)))
-    loader.set_epoch(2)  # what transformers' Trainer calls before a resumed epoch
-    assert [index for batch in loader for index in batch.tolist()] == epochs[2] != epochs[0]
 
 
 def test_other_images_are_grouped_by_the_image_shown():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..upstream import without_zero_init
 from .files import (
     CheckpointError,
     copy_files,
@@ -92,7 +93,7 @@ def expected_tensors(config: dict) -> dict[str, tuple[int, ...]]:
 
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     model_config = LlavaNextConfig.from_dict(config)
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero_init():
         state = LlavaNextForConditionalGeneration(model_config).state_dict()
     shapes = {name: tuple(state[key].shape) for name, key in published_names(state).items()}
     if model_config.tie_word_embeddings:

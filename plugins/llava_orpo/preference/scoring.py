@@ -99,12 +99,15 @@ def in_groups(rows, positions: Sequence[int], batch_size: int, condition: str, a
     return fill_batches(image_runs(rows["image_hash"], positions, arguments.max_pairs_per_image), batch_size)
 
 
-def shard(positions: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """This rank's share. All ranks get equally many (the last position repeats), as collective forwards need."""
-    if not positions:
-        return []
-    padded = list(positions) + [positions[-1]] * (-len(positions) % world_size)
-    return padded[rank::world_size]
+def shard(positions: Sequence[int], rank: int, world_size: int, batch_size: int = 1) -> list[int]:
+    """This rank's share: whole batches of `batch_size`, dealt in turn, so that the pairs of an image stay together.
+
+    All ranks get equally many batches (the last one repeats), as collective forwards need; `merge` counts a pair once.
+    """
+    size = max(min(batch_size, -(-len(positions) // world_size)), 1)  # a set of less than one round is shared out
+    batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+    batches += batches[-1:] * (-len(batches) % world_size)
+    return [position for batch in batches[rank::world_size] for position in batch]
 
 
 def score(
@@ -137,6 +140,8 @@ def score(
         n, bad = len(batch["rows"]), dict(batch["bad_images"])
         found = []
         for i, row in enumerate(batch["rows"]):
+            if row.get("padding"):
+                continue
             name = {"pair_id": ids[row["position"]], "dataset": row["dataset"]}
             if i in bad:
                 found.append(ScoredRow(row["position"], **name, bad_image=bad[i]))

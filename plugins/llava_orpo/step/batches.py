@@ -1,11 +1,8 @@
-"""Which pairs share a batch: runs of one image, batches filled with whole runs, and the sampler."""
+"""Which pairs share a batch: runs of one image, and batches filled with whole runs. The sampler is in `order`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch.utils.data import Sampler
+from collections.abc import Sequence
 
 
 def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int) -> list[list[int]]:
@@ -54,35 +51,3 @@ def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
             room -= len(piece)
             left -= len(piece)
     return order
-
-
-class GroupByImageSampler(Sampler[int]):
-    """Shuffles pairs, then puts pairs of one image into the same batch of `batch_size` (see `fill_batches`).
-
-    Every pair appears once per epoch. The order depends on seed and epoch alone (or is the given one, unshuffled), so a
-    resumed run continues where it stopped. accelerate calls `set_epoch`; without it epochs are counted here.
-    """
-
-    def __init__(self, image_hashes, batch_size: int, max_pairs: int, shuffle: bool, seed: int = 0):
-        self.image_hashes = list(image_hashes)
-        self.batch_size, self.max_pairs = batch_size, max_pairs
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.image_hashes)
-
-    def __iter__(self) -> Iterator[int]:
-        n = len(self.image_hashes)
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        self.epoch += 1
-        order = torch.randperm(n, generator=generator).tolist() if self.shuffle else list(range(n))
-        order = fill_batches(image_runs(self.image_hashes, order, self.max_pairs), self.batch_size)
-        if self.shuffle:  # best fit puts full runs first: shuffle whole batches, keep a short last one last
-            full = n // self.batch_size
-            picked = torch.randperm(full, generator=generator).tolist()
-            batches = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in picked]
-            order = [index for batch in batches for index in batch] + order[full * self.batch_size :]
-        return iter(order)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..data import images
+from ..data.anyres import processor_geometry
 from ..data.conversation import full_prompt_ids
 from ..data.image_store import load_image
 from .attention import unwrap
@@ -25,27 +26,35 @@ class SharedPrefixCollator:
         image_inputs  what the model's image processor makes of the images, handed to the model as it is; empty for
                       text-only batches. LLaVA-NeXT: pixel_values (num_groups_with_image, max tiles, 3, tile, tile)
                       and image_sizes (num_groups_with_image, 2), (height, width)
-        weights       (n,) 1.0 for a good pair, 0.0 for one whose image can't be decoded: a grey picture takes its place
-                      so that the batch keeps its shape on every rank; the pair is excluded from loss and metrics
-        rows          the n rows, in packed order
+        weights       (n,) fp32, 1.0 for a good pair, 0.0 for one that is excluded from loss and metrics: its image
+                      can't be decoded (a grey picture takes its place, so that the batch keeps its shape on every
+                      rank), or it holds an empty place (`order.Padding`, or a stand-in, see below)
+        rows          the n rows, in packed order; those of empty places are marked with `padding: True`
         bad_images    [(index in rows, reason), …]
 
-    With `group_by_image`, pairs of one image share its tokens, at most `max_pairs_per_image` in a group.
+    With `group_by_image`, pairs of one image share its tokens, at most `max_pairs_per_image` in a group. With
+    `always_with_image` a batch of text-only pairs gets a stand-in with a grey picture: the vision tower and the
+    projector then run on every process, which collectives over their parameters wait for.
     """
 
     processor: Any
     image_token_id: int
     group_by_image: bool = False
     max_pairs_per_image: int = 4
+    always_with_image: bool = False
 
     @classmethod
-    def of(cls, processor, model, arguments) -> SharedPrefixCollator:
+    def of(cls, processor, model, arguments, processes: int = 1) -> SharedPrefixCollator:
         """The collator for a loaded model and a recipe's `PluginArguments`."""
         token = unwrap(model).config.image_token_id
-        return cls(processor, token, arguments.group_pairs_by_image, arguments.max_pairs_per_image)
+        mixed = arguments.allow_text_only and processes > 1
+        return cls(processor, token, arguments.group_pairs_by_image, arguments.max_pairs_per_image, mixed)
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        groups = self._group(features)
+        kept = [row for row in features if not row.get("padding")] or list(features[:1])
+        if self.always_with_image and all(row["image"] is None for row in kept):
+            kept.append(self._stand_in(kept[0]))
+        groups = self._group(kept)
         packed = pack([[self._tokens(row) for row in group] for group in groups], image_token_id=self.image_token_id)
         rows: list[dict[str, Any]] = []
         pictures, weights, bad = [], [], []
@@ -54,8 +63,8 @@ class SharedPrefixCollator:
             if group[0]["image"] is not None:
                 picture, reason = self._load(group[0])
                 pictures.append(picture)
-            bad += [(len(rows) + i, reason) for i in range(len(group)) if reason]
-            weights += [0.0 if reason else 1.0] * len(group)
+            bad += [(len(rows) + i, reason) for i, row in enumerate(group) if reason and not row.get("padding")]
+            weights += [0.0 if reason or row.get("padding") else 1.0 for row in group]
             rows += group
         image_inputs = dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
         return {
@@ -64,6 +73,24 @@ class SharedPrefixCollator:
             "weights": torch.tensor(weights),
             "rows": rows,
             "bad_images": bad,
+        }
+
+    def _stand_in(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A pair of one token each under the smallest picture, without weight; its other fields are `row`'s."""
+        geometry = processor_geometry(self.processor)
+        side = geometry.image_size
+        answer = row["chosen_ids"][:1]
+        return {
+            **row,
+            "prompt_ids": [*row["prompt_ids"][:1], self.image_token_id],
+            "chosen_ids": answer,
+            "rejected_ids": answer,
+            "num_image_tokens": geometry.num_image_tokens(side, side),
+            "image": images.grey_like(side, side),
+            "image_hash": "",
+            "width": side,
+            "height": side,
+            "padding": True,
         }
 
     def _tokens(self, row: dict[str, Any]) -> TokenPair:

@@ -1,6 +1,7 @@
-"""Leaves out the vision layers whose output LLaVA never reads.
+"""Leaves out the vision layers whose output LLaVA never reads, or freezes them in a tower that is trained.
 
-LLaVA takes hidden state -2 of CLIP, so the last layer is computed for nothing. This module needs only torch.
+LLaVA takes hidden state -2 of CLIP, so the last layer is computed for nothing, and never gets a gradient. This module
+needs only torch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,7 @@ def skip_unread_vision_layers(model) -> Iterator[int]:
     trainable = next((name for name, p in tower.named_parameters() if p.requires_grad), None)
     if trainable is not None:
         raise ValueError(f"the vision tower is being trained ({trainable}): its layers cannot be left out")
-    layers = getattr(tower, "vision_model", tower).encoder.layers
-    read = model.config.vision_feature_layer
-    read = [read] if isinstance(read, int) else read
-    # hidden_states holds the embeddings and each layer's output: one entry more than there are layers.
-    last_read = max(index % (len(layers) + 1) for index in read)
-    unread = list(layers[last_read:])
+    unread = _unread_layers(model)
     before = [layer.__dict__.get("forward") for layer in unread]  # accelerate's device hooks set one
     try:
         for layer in unread:
@@ -39,6 +35,32 @@ def skip_unread_vision_layers(model) -> Iterator[int]:
                 layer.__dict__.pop("forward", None)
             else:
                 layer.forward = forward
+
+
+def freeze_unread_parameters(model) -> list[str]:
+    """Freezes the trainable parameters of the vision tower that LLaVA never reads; returns their names.
+
+    model: a LlavaNextForConditionalGeneration. These are the layers after `vision_feature_layer` and the norm of the
+    pooled output. They never get a gradient, for which DDP would wait.
+    """
+    tower = model.model.vision_tower
+    pooled = getattr(getattr(tower, "vision_model", tower), "post_layernorm", None)
+    unread = {id(p) for module in [*_unread_layers(model), pooled] if module is not None for p in module.parameters()}
+    names = [name for name, p in tower.named_parameters() if p.requires_grad and id(p) in unread]
+    for parameter in tower.parameters():
+        if id(parameter) in unread:
+            parameter.requires_grad_(False)
+    return names
+
+
+def _unread_layers(model) -> list:
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    read = model.config.vision_feature_layer
+    read = [read] if isinstance(read, int) else read
+    # hidden_states holds the embeddings and each layer's output: one entry more than there are layers.
+    last_read = max(index % (len(layers) + 1) for index in read)
+    return list(layers[last_read:])
 
 
 def _pass_on(hidden_states, *args, **kwargs):

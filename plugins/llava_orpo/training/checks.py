@@ -10,6 +10,8 @@ from llamafactory.extras.misc import calculate_tps
 from ..checkpoint.published import check_folder
 from ..data.conversation import CONVERSATIONS
 from ..errors import UserError
+from ..step.attention import unwrap
+from ..step.vision_tower import freeze_unread_parameters
 
 logger = logging.get_logger("llamafactory." + __name__)
 
@@ -74,19 +76,44 @@ def announce_stock_evaluation(training_args) -> None:
         )
 
 
-def refuse_unusable_rows(rows: dict, arguments, training_args) -> None:
-    """Raises UserError for a set without a row, and for text-only pairs on several processes.
+def refuse_unsupported_loading(training_args) -> None:
+    """Raises UserError for ways to deal out batches that the shared-prefix batches do not go through."""
+    if training_args.accelerator_config.dispatch_batches:
+        raise UserError(
+            "accelerator_config: dispatch_batches: true can't send packed batches to other processes. Leave it out: "
+            "every process then reads its own batches."
+        )
+    if training_args.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "train_sampling_strategy: group_by_length is not supported with plugins: llava_orpo, whose packed batches "
+            "have no padding to save. Leave it out, or use group_pairs_by_image: true."
+        )
 
-    rows: what `get_dataset` returned; arguments: the plugin's.
+
+def freeze_unread(model) -> None:
+    """Freezes and names the trainable parameters of a vision tower that LLaVA never reads."""
+    names = freeze_unread_parameters(unwrap(model))
+    if names:
+        logger.warning_rank0(
+            f"{len(names)} parameters of the vision tower are frozen, because LLaVA never reads what they compute: "
+            f"{', '.join(names)}."
+        )
+
+
+def refuse_unusable_rows(rows: dict, run, training_args) -> None:
+    """Raises UserError for a set without a row, and for text-only pairs of the stock step on several processes.
+
+    rows: what `get_dataset` returned; run: the running recipe (`integration.run.Run`).
     """
     if any(part is not None and not len(part) for part in rows.values()):
         raise UserError(f"Every row was skipped; the reasons are in {training_args.output_dir}/skipped_rows.jsonl.")
-    if arguments.allow_text_only and training_args.world_size > 1:
+    if run.arguments.allow_text_only and training_args.world_size > 1 and not run.shared_prefix:
         for part in rows.values():
             if "image" in (getattr(part, "column_names", None) or []) and None in part["image"]:
                 raise UserError(
-                    "Text-only pairs can't be trained on several processes: a rank whose batch has no image "
-                    "would leave the others waiting for the projector's gradients. Leave `allow_text_only` out."
+                    "LLaMA-Factory's own step can't train text-only pairs on several processes: a rank whose batch "
+                    "has no image would leave the others waiting for the projector's gradients. Leave "
+                    "`allow_text_only` out, or set `shared_prefix: true`."
                 )
 
 

@@ -14,6 +14,7 @@ import torch
 from llamafactory.extras import logging
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from peft import PeftModel
+from transformers import Trainer
 from transformers.integrations import TrackioCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -28,8 +29,10 @@ from ..preference.scoring import ScoredRow
 from ..preference.writing import Evaluation
 from ..step import orpo
 from ..step.attention import unwrap
-from ..step.batches import GroupByImageSampler, image_runs
+from ..step.batches import image_runs
 from ..step.model import packed_logps, prepare
+from ..step.order import PaddedRows, PairOrder
+from ..upstream import load_onto_numbered_cpus
 from .callbacks import TrackioAfterTraining, WandbExamples
 
 logger = logging.get_logger("llamafactory." + __name__)
@@ -51,6 +54,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         logger.info_rank0(line)
         tower = unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
+        self._pairs_in_step: torch.Tensor | None = None  # see get_batch_samples
+        self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
         self._bad_images: set[tuple[str, str]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
         self.wandb_examples = WandbExamples(self)
@@ -78,22 +83,43 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             f"({len(hashes) / max(len(runs), 1):.2f} pairs per group, at most {self.plugin.max_pairs_per_image})."
         )
 
-    def _get_train_sampler(self, *args, **kwargs):
-        if not self.plugin.group_pairs_by_image:
-            return super()._get_train_sampler(*args, **kwargs)
-        return GroupByImageSampler(
-            self.train_dataset["image_hash"],
-            self.args.per_device_train_batch_size,
-            self.plugin.max_pairs_per_image,
-            shuffle=not self.finetuning_args.disable_shuffling,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            dataset=PaddedRows(self.train_dataset),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
         )
 
+    def _get_train_sampler(self, *args, **kwargs) -> PairOrder:
+        world, grouped = self.args.world_size, self.plugin.group_pairs_by_image
+        split = self.args.accelerator_config.split_batches
+        size = self._train_batch_size // world if split else self._train_batch_size
+        order = PairOrder(
+            len(self.train_dataset),
+            global_batch=size * world * self.args.gradient_accumulation_steps,
+            batch_size=size,
+            processes=world,
+            shuffle=not self.finetuning_args.disable_shuffling and self.args.train_sampling_strategy == "random",
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            image_hashes=self.train_dataset["image_hash"] if grouped else None,
+            max_pairs=self.plugin.max_pairs_per_image,
+            epoch_now=lambda: self.state.global_step // order.steps,
+            pad=not self.args.dataloader_drop_last,
+        )
+        return order
+
     def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of one optimizer step; counts the pairs that have weight in it, on all processes."""
         started = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
+        batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
-        return samples
+        if batches:
+            counted = torch.stack([batch["weights"].sum() for batch in batches]).sum()
+            counted = counted.to(self.args.device, torch.float32)
+            self._pairs_in_step = self.accelerator.reduce(counted, "sum") if self.args.world_size > 1 else counted
+        return batches, items
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 * parameters * tokens (transformers' estimate), with the tokens that are really run."""
@@ -148,7 +174,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         terms, output = self.pair_losses(model, batch)
         self._note_bad_images(batch)
-        weights = batch["weights"].to(terms["loss"].device)
+        weights = batch["weights"].to(terms["loss"].device, torch.float32)  # DeepSpeed hands them over in bf16
         share = weights / weights.sum().clamp(min=1.0)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
@@ -171,7 +197,31 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             metrics["log_odds"] = metrics["log_odds_chosen"] = mean(terms["log_odds"])
             metrics["log_odds_ratio"] = -metrics["odds_ratio_loss"]  # TRL's ORPOTrainer: mean logsigmoid(log_odds)
         prefix = "eval_" if train_eval == "eval" else ""
-        return mean(terms["loss"]), {f"{prefix}{key}": value.item() for key, value in metrics.items()}
+        return mean(terms["loss"]), {f"{prefix}{key}": value.detach() for key, value in metrics.items()}
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """The micro-batch's part of the mean loss over all pairs of the optimizer step.
+
+        The mean over the micro-batch, times its pairs over the mean number of pairs of the step's micro-batches on all
+        processes: Trainer divides by the number of micro-batches, and gradients are averaged over processes. So every
+        pair weighs the same whatever the number of processes and accumulation steps; the factor is exactly 1 where
+        all micro-batches are full.
+        """
+        loss, metrics = self.get_batch_loss_metrics(model, inputs)
+        count = inputs["weights"].to(loss.device, torch.float32).sum()
+        self.store_metrics(metrics, "train", count)
+        if self._pairs_in_step is not None:
+            micro_batches = self.args.world_size * self.current_gradient_accumulation_steps
+            loss = loss * (count * micro_batches / self._pairs_in_step.clamp(min=1.0))
+        return (loss, metrics) if return_outputs else loss
+
+    def store_metrics(self, metrics, train_eval="train", count: torch.Tensor | float = 1.0) -> None:
+        """Adds a micro-batch's terms to the sums of the next log, `count` times each; nothing leaves the device."""
+        sums = self._sums.setdefault(train_eval, {})
+        for key, value in {**metrics, "": 1.0}.items():  # "": the number of pairs
+            sums[key] = (
+                sums.get(key, 0.0) + torch.as_tensor(value, dtype=torch.float32, device=self.args.device) * count
+            )
 
     def _note_bad_images(self, batch: dict[str, Any]) -> None:
         """Logs and lists each pair whose image could not be decoded, once per run."""
@@ -190,7 +240,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             now = time.perf_counter()
             logs["data_wait_fraction"] = round(self._waited / max(now - self._since, 1e-9), 4)
             self._waited, self._since = 0.0, now
-        super().log(logs, *args, **kwargs)
+        sums = self._sums.pop("train" if "loss" in logs else "eval", None)
+        if sums:  # the mean over all pairs since the last log, on all processes
+            values = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+            terms = dict(zip(sums, values.tolist(), strict=True))
+            pairs = terms.pop("")
+            if pairs:
+                logs.update({key: value / pairs for key, value in terms.items()})
+        Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
 
     # whole models -------------------------------------------------------------------------------------------
 
@@ -208,6 +265,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             resume.load_into(unwrap(model or self.model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        load_onto_numbered_cpus()
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -289,7 +350,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         model.eval()
         size = self.args.per_device_eval_batch_size
         positions = scoring.in_groups(dataset, range(len(dataset)), size, condition, self.plugin)
-        positions = scoring.shard(positions, self.args.process_index, self.args.world_size)
+        positions = scoring.shard(positions, self.args.process_index, self.args.world_size, size)
 
         def score_batch(batch):
             batch = self._prepare_inputs(batch)

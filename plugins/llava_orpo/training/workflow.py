@@ -17,6 +17,7 @@ from llamafactory.train.callbacks import LogCallback
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
 
+from .. import upstream
 from ..data.skipped import report_skipped
 from ..step.collator import SharedPrefixCollator
 from . import checks
@@ -81,6 +82,8 @@ def build(run: Run, model_args, data_args, training_args, finetuning_args, callb
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     rows = read_rows(run, template, module, model_args, data_args, training_args)
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    upstream.keep_present_layer_names(model)
+    checks.freeze_unread(model)
     reference = None
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
@@ -95,7 +98,7 @@ def build(run: Run, model_args, data_args, training_args, finetuning_args, callb
         **module,
     )
     if run.shared_prefix:
-        collator = SharedPrefixCollator.of(processor, model, run.arguments)
+        collator = SharedPrefixCollator.of(processor, model, run.arguments, training_args.world_size)
         return SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
     collator = PairwiseDataCollatorWithPadding(
@@ -112,6 +115,7 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     """
     config = loader.load_config(model_args)  # through its module: `anyres_max_tiles` swaps it there
     checks.refuse_unsupported(config, model_args, data_args)
+    checks.refuse_unsupported_loading(training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
@@ -121,12 +125,12 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
 def read_rows(run: Run, template, module, model_args, data_args, training_args) -> dict:
     """{"train_dataset", "eval_dataset"}, as far as the recipe names them, tokenized (see `data.pairs.PairProcessor`).
 
-    Skipped rows are listed in `output_dir`. Raises UserError when too many were, and for text-only pairs on several
-    processes.
+    Skipped rows are listed in `output_dir`. Raises UserError when too many were, and for text-only pairs that LLaMA-
+    Factory's own step would train on several processes.
     """
     run.skipped, run.considered = [], 0
     rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
     limit, write = run.arguments.max_skipped_fraction, training_args.should_save
     report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write)
-    checks.refuse_unusable_rows(rows, run.arguments, training_args)
+    checks.refuse_unusable_rows(rows, run, training_args)
     return rows
