@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import jinja2
 import pytest
@@ -172,6 +173,92 @@ def test_the_prompt_is_tokenized_once_where_no_piece_can_cross_its_end():
     cased = copy.deepcopy(mistral_v1())
     cased.add_tokens(["] T"])  # an ordinary added token may stand across the cut
     assert not begins_apart(MISTRAL, cased, "The")
+
+
+def changed(tokenizer, change):
+    """A copy of a tokenizer with `change` made to the description of its backend (tokenizer.json)."""
+    tokenizer = copy.deepcopy(tokenizer)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(spec)
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    return tokenizer
+
+
+def normalized_by(*steps):
+    return lambda spec: spec.update(normalizer={"type": "Sequence", "normalizers": list(steps)})
+
+
+def ended_by(token):
+    """A post-processor that writes the token after every text."""
+    sequence = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": token, "type_id": 0}}]
+
+    def change(spec):
+        number = next(added["id"] for added in spec["added_tokens"] if added["content"] == token)
+        special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": sequence,
+            "pair": sequence + [{"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": special,
+        }
+
+    return change
+
+
+def unknown_token_with(flag):
+    return lambda spec: [added.update({flag: True}) for added in spec["added_tokens"] if added["content"] == "<unk>"]
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BEYOND = {
+    "lower case": normalized_by(SPACES, {"type": "Lowercase"}),
+    "one normalizer, no list": lambda spec: spec.update(normalizer={"type": "NFKC"}),
+    "other characters replaced": normalized_by({**SPACES, "pattern": {"String": "T"}}),
+    "spaces replaced by others": normalized_by({**SPACES, "content": "_"}),
+    "byte level": lambda spec: spec.update(pre_tokenizer=BYTES),
+    "other words": lambda spec: spec["pre_tokenizer"].update(replacement="_"),
+    "dropout": lambda spec: spec["model"].update(dropout=0.5),
+    "whole words first": lambda spec: spec["model"].update(ignore_merges=True),
+    "pieces inside a word": lambda spec: spec["model"].update(continuing_subword_prefix="##", merges=[]),
+    "pieces at a word's end": lambda spec: spec["model"].update(end_of_word_suffix="</w>"),
+    "pieces of bytes": lambda spec: spec["model"].update(
+        vocab={"<0xC3><0xA9>" if piece == "▁▁" else piece: i for piece, i in spec["model"]["vocab"].items()},
+        merges=[["<0xC3>", "<0xA9>"] if merge == ["▁", "▁"] else merge for merge in spec["model"]["merges"]],
+    ),
+    "takes spaces before": unknown_token_with("lstrip"),
+    "takes spaces after": unknown_token_with("rstrip"),
+    "whole words only": unknown_token_with("single_word"),
+    "an end for every text": ended_by("</s>"),
+    "no piece for the prompt's last character": lambda spec: spec["model"].update(
+        vocab={piece.replace("\n", "é"): i for piece, i in spec["model"]["vocab"].items()},
+        merges=[[piece.replace("\n", "é") for piece in merge] for merge in spec["model"]["merges"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_tokenizer_that_does_more_is_given_whole_strings(name):
+    """The vocabulary alone does not tell what these make of two texts side by side."""
+    assert begins_apart(CHATML, changed(joining_bpe(), lambda spec: None), "The")
+    tokenizer = changed(joining_bpe(), BEYOND[name])
+    assert not begins_apart(CHATML, tokenizer, "The")
+    if name == "dropout":
+        return
+    [(prompt, *responses)] = CHATML.encode_pairs(tokenizer, ["a b"], ["The"], ["n"], [True])
+    for answer, response in zip(("The", "n"), responses, strict=True):
+        text = CHATML.render_prompt("a b", True) + CHATML.render_response(answer)
+        assert prompt + response == tokenizer(text).input_ids
+
+
+def test_a_format_s_own_token_is_private_even_when_the_tokenizer_calls_it_ordinary():
+    def ordinary(spec):
+        for token in spec["added_tokens"]:
+            token["special"] = token["special"] and token["content"] != "<image>"
+
+    tokenizer = changed(mistral_v1(), ordinary)
+    rows = (["<image>?"], ["an <image>"], ["b"], [True])
+    assert MISTRAL.encode_pairs(tokenizer, *rows) == MISTRAL.encode_pairs(mistral_v1(), *rows)
 
 
 @pytest.mark.parametrize("conversation, tokenizer", cases())

@@ -94,11 +94,27 @@ def test_16_bit_grey_keeps_its_high_byte(name, image, fmt):
     assert np.array_equal(pixels, np.repeat(expected[..., None], 3, axis=2))
 
 
+def test_16_bit_grey_that_is_dark_throughout_stays_dark():
+    """A file says that it has 16 bits, whatever its values: 255 of 65,535 is black."""
+    image = Image.fromarray(np.full((8, 8), 255, dtype=np.uint16))
+    data = encode(image, "PNG")
+    assert Image.open(io.BytesIO(data)).mode == "I;16" and not np.asarray(decode_rgb(data)).any()
+
+
+def test_mode_i_beyond_16_bits_is_clipped():
+    values = np.array([[-5, 0, 255, 256, 65535, 65536, 2**31 - 1]], dtype=np.int32)
+    pixels = np.asarray(decode_rgb(encode(Image.fromarray(values), "TIFF")))
+    assert pixels[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255, 255]
+
+
 def test_mode_i_of_eight_bit_values_is_left_alone():
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
     data = encode(Image.fromarray(values), "TIFF")
     assert Image.open(io.BytesIO(data)).mode == "I"
     assert np.array_equal(np.asarray(decode_rgb(data))[..., 0], values)
+    values[0, 0] = 256  # the least value that 8 bits cannot hold: now all of them are of 16 bits
+    pixels = np.asarray(decode_rgb(encode(Image.fromarray(values), "TIFF")))[..., 0]
+    assert pixels[0, 0] == 1 and not pixels.ravel()[1:].any()
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])

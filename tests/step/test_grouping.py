@@ -127,6 +127,9 @@ def test_runs_that_divide_the_batch_are_never_split(length, per_batch, count):
 def test_batches_by_example():
     assert fill_batches([[0, 1, 2], [3, 4, 5], [6]], 4) == [0, 1, 2, 6, 3, 4, 5]
     assert fill_batches([[0, 1, 2], [3, 4, 5]], 4) == [0, 1, 2, 3, 4, 5]
+    # Of the longer runs the best fitting one is split, the shortest: the run of four stays whole.
+    runs = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12]]
+    assert fill_batches(runs, 7) == [0, 1, 2, 3, 4, 5, 10, 6, 7, 8, 9, 11, 12]
     assert fill_batches([], 4) == []
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
 
 from helpers.drawn import examples
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, padded_logps, plain_logps, tiny_llava
@@ -266,8 +269,6 @@ def test_attention_dropout_is_that_of_the_model(monkeypatch, whole_last_layer):
 
 def test_base_implementation_runs_under_its_own_name():
     """flash_attention_forward picks its kernel by the name in the module's config."""
-    from transformers import AttentionInterface
-
     seen = []
 
     def probe(module, query, key, value, attention_mask, **kwargs):
@@ -326,6 +327,7 @@ def test_flex_forward_equals_sdpa():
 def test_choose_backend():
     assert choose_backend("cpu")[0] == "sdpa" and "cpu" in choose_backend("cpu")[1]
     assert choose_backend("cuda:0", "flex")[0] == "flex"
+    assert choose_backend("cpu", "sdpa")[0] == choose_backend("cuda", "sdpa")[0] == "sdpa"
     with pytest.raises(ValueError, match="no backward"):
         choose_backend("cpu", "flex")
     with pytest.raises(ValueError, match="unknown"):
@@ -353,6 +355,80 @@ def test_refusals():
         model(input_ids=packed.input_ids, shared_prefix_layout=packed_of([two]).layout)
     with pytest.raises(ValueError, match="rows of logits"):
         response_logps(torch.zeros(2, 320), packed)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ({"sliding_window": 64, "use_sliding_window": True}, "sliding window of 64"),
+        ({"sliding_window": 64, "use_sliding_window": False}, ""),  # as Qwen2's configs have it
+        ({"layer_types": ["full_attention"] * 3}, ""),
+        ({"attn_logit_softcapping": 50.0}, "caps its logits"),
+    ],
+)
+def test_only_full_causal_attention_is_taken_over(text, reason):
+    model = tiny_llava(**text)
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            enable(model)
+    else:
+        enable(model)
+    assert is_enabled(model) == (not reason)
+
+
+@pytest.mark.parametrize("option", ["sliding_window", "softcap", "s_aux"])
+def test_an_option_that_arrives_with_the_call_is_refused(option):
+    """What a modeling file hands over without its config saying so."""
+    packed = pack([[TokenPair([1, 2], [3], [4])]])
+    attend = AttentionInterface()[enable(tiny_llava())]
+    states = [torch.zeros(1, heads, packed.num_tokens, 16) for heads in (4, 2, 2)]
+    with pytest.raises(ValueError, match=f"cannot serve {option}=7"):
+        attend(None, *states, None, shared_prefix_layout=packed.layout, **{option: 7})
+    output, weights = attend(None, *states, None, shared_prefix_layout=packed.layout, **{option: None})
+    assert output.shape == (1, packed.num_tokens, 4, 16) and weights is None
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("queries, keys", [((2, 0), 0), ((1, 1), 0), ((1, -1), 0), ((1, 0), 1), ((1, 0), -1)])
+def test_states_of_another_batch_are_refused(queries, keys, read_only):
+    packed = pack([[TokenPair([1, 2], [3, 5], [4])]])
+    attend = AttentionInterface()[enable(tiny_llava())]
+    rows, more = queries
+    tokens = (len(packed.layout.read.positions) if read_only else packed.num_tokens) + more
+    states = [torch.zeros(rows, 4, tokens, 16), *(torch.zeros(rows, 2, packed.num_tokens + keys, 16) for _ in range(2))]
+    with pytest.raises(ValueError, match="do not belong together"):
+        attend(None, *states, None, shared_prefix_layout=packed.layout, shared_prefix_read_only=read_only)
+
+
+def test_an_unknown_backend_changes_nothing():
+    model = tiny_llava()
+    with pytest.raises(ValueError, match="unknown shared-prefix attention 'fast'"):
+        enable(model, "fast")
+    assert not is_enabled(model)
+
+
+def test_flex_refuses_the_dropout_it_does_not_have():
+    model = tiny_llava(attention_dropout=0.5)
+    packed = packed_of([make_example(model, None, [4], [(3, 5)], seed=1)])
+    enable(model, "flex")
+    with torch.no_grad():
+        assert packed_forward(model.eval(), packed).isfinite().all()
+        with pytest.raises(ValueError, match="has no dropout, the model asks for 0.5"):
+            packed_forward(model.train(), packed)
+
+
+def test_a_decoder_with_its_own_copy_of_the_config_is_served_too():
+    model = tiny_llava()
+    example = make_example(model, None, [4], [(3, 5)], seed=1)
+    expected = plain_logps(model, [example])
+    decoder = model.get_decoder()
+    decoder.config = copy.deepcopy(decoder.config)
+    for layer in decoder.layers:
+        layer.self_attn.config = decoder.config
+    enable(model)
+    torch.testing.assert_close(shared_logps(model, [example]), expected, rtol=1e-5, atol=1e-5)
+    disable(model)
+    assert decoder.config._attn_implementation == model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 def test_response_logps_gradient_and_chunks():

@@ -88,5 +88,5 @@ def _grey16(image: Image.Image) -> Image.Image:
     """Converts mode I;16 or I to L. Mode I comes from files of 16 or fewer bits: only values above 255 tell which."""
     values = np.asarray(image).astype(np.int64)
     if image.mode != "I" or values.max() > 255:
-        values = values.clip(0, 65535) >> 8
+        values = values >> 8
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))

@@ -18,6 +18,15 @@ from .image_store import image_size, load_image
 PLACEHOLDER = "<image>"  # LLaMA-Factory's IMAGE_PLACEHOLDER, what chat and api put before a question
 
 
+def without_placeholder(text: str) -> str:
+    """The text without its first image placeholder and the line break after it; a second one is the user's own words.
+
+    The template writes the image where the checkpoint wants it.
+    """
+    before, _, after = text.partition(PLACEHOLDER)
+    return before + after.removeprefix("\n")
+
+
 @dataclass
 class LlavaOrpoPlugin(BasePlugin):
     """LLaMA-Factory multimodal plugin (register_mm_plugin) for the exact LLaVA-1.6 templates."""
@@ -25,8 +34,7 @@ class LlavaOrpoPlugin(BasePlugin):
     def process_messages(self, messages, images, videos, audios, processor):
         """Takes the image placeholder out of the first user turn and notes the number of its image tokens.
 
-        The template writes the image where the checkpoint wants it. Raises ValueError for more than one
-        image or an image in a later turn.
+        Raises ValueError for more than one image or an image in a later turn.
         """
         self._validate_input(processor, images, videos, audios)
         messages = deepcopy(messages)
@@ -37,8 +45,7 @@ class LlavaOrpoPlugin(BasePlugin):
             if holders and holders[0] != 0:
                 raise ValueError("The image must be in the first user turn.")
             if holders:
-                before, after = messages[0]["content"].split(PLACEHOLDER, 1)
-                messages[0]["content"] = before + after.removeprefix("\n")
+                messages[0]["content"] = without_placeholder(messages[0]["content"])
             count = processor_geometry(processor).num_image_tokens(*image_size(images[0]))
             messages[0]["image_tokens"] = [count if self.expand_mm_tokens else 1]  # vLLM repeats the placeholder itself
         return messages

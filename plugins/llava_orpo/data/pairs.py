@@ -15,7 +15,7 @@ from .anyres import processor_geometry
 from .conversation import full_prompt_ids
 from .image_store import image_size
 from .images import ImageError
-from .mm_plugin import PLACEHOLDER
+from .mm_plugin import without_placeholder
 
 IDENTITY = ("pair_id", "dataset", "source", "question_type", "image_hash")
 OTHER_FORMATS = {"pair_id": "", "dataset": "", "source": "unknown", "question_type": "unknown", "image_hash": ""}
@@ -42,7 +42,7 @@ class PairProcessor(PairwiseDatasetProcessor):
         refs = [images[0] if images else None for images in examples["_images"]]
         for i in range(n):  # other LLaMA-Factory formats mark the image's place in the text; ours never does
             if identities[i] is None and refs[i] is not None:
-                questions[i] = questions[i].replace(PLACEHOLDER + "\n", "", 1).replace(PLACEHOLDER, "", 1)
+                questions[i] = without_placeholder(questions[i])
         usable = [len(examples["_prompt"][i]) == 1 and len(answers[i]) == 2 for i in range(n)]
 
         encoded = self.template.conversation.encode_pairs(
@@ -59,6 +59,8 @@ class PairProcessor(PairwiseDatasetProcessor):
             limit = self.data_args.cutoff_len - prompt_len
             if not usable[i]:
                 reason = "not one question with two answers (multi-turn pairs are not supported)"
+            elif len(examples["_images"][i] or ()) > 1:
+                reason = f"{len(examples['_images'][i])} images: LLaVA-1.6 was trained with one image per conversation"
             elif limit < 1:
                 reason = f"the prompt alone has {prompt_len} tokens, cutoff_len is {self.data_args.cutoff_len}"
             identity = identities[i] or OTHER_FORMATS

@@ -101,7 +101,7 @@ def _joined_after(spec: dict, last: str) -> frozenset[str] | None:
             n["type"] == "Prepend" or (n["type"], n.get("pattern"), n.get("content")) == ("Replace", space, "▁")
             for n in _normalizers(spec)
         )
-        and (splitter is None or (splitter["type"], splitter["replacement"]) == ("Metaspace", "▁"))
+        and (splitter is None or (splitter["type"], splitter.get("replacement")) == ("Metaspace", "▁"))
         and not any(
             model.get(k) for k in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
         )

@@ -1,0 +1,87 @@
+"""step/collator.py: what a batch holds, on rows by hand and with a processor that says which pictures it was shown."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from helpers.serving import picture, png
+from llava_orpo.arguments import PluginArguments
+from llava_orpo.step.collator import SharedPrefixCollator
+
+IMAGE_TOKEN = 99
+BROKEN = b"no image at all"
+NAMES = {"A": png(picture(11, 20, seed=0)), "B": png(picture(12, 20, seed=1)), "broken": BROKEN}
+
+
+def image_processor(pictures, return_tensors):
+    assert return_tensors == "pt"
+    return {"sizes": [picture.size for picture in pictures], "colours": [picture.getcolors(2) for picture in pictures]}
+
+
+PROCESSOR = SimpleNamespace(image_processor=image_processor)
+
+
+def row(name, number):
+    """A pair on an image of that name ("" for none), as `PairProcessor` makes it."""
+    tokens = {"A": 2, "B": 3, "broken": 4, "": 0}[name]
+    return {
+        "pair_id": str(number),
+        "image": NAMES.get(name),
+        "image_hash": name,
+        "width": 30 + number if name == "broken" else 0,
+        "height": 40,
+        "num_image_tokens": tokens,
+        "prompt_ids": [1, *([IMAGE_TOKEN] if name else []), 5],
+        "chosen_ids": [10 + number],
+        "rejected_ids": [20 + number, 2],
+    }
+
+
+def rows(*names):
+    return [row(name, number) for number, name in enumerate(names)]
+
+
+def test_each_pair_is_a_group_of_its_own_without_grouping():
+    made = rows("A", "", "broken", "A")
+    batch = SharedPrefixCollator(PROCESSOR, IMAGE_TOKEN)(made)
+    assert batch["rows"] == made and batch["packed"].n_pairs == len(batch["packed"].layout.groups) == 4
+    assert batch["weights"].tolist() == [1, 1, 0, 1]
+    ((index, reason),) = batch["bad_images"]
+    assert index == 2 and "no known image format" in reason
+    # The grey picture has the size of the row's own image: its tokens were counted from it.
+    assert batch["image_inputs"]["sizes"] == [(11, 20), (32, 40), (11, 20)]
+    assert batch["image_inputs"]["colours"][1] == [(32 * 40, (128, 128, 128))]
+    assert batch["packed"].num_image_tokens == 2 + 4 + 2
+    assert batch["packed"].targets.tolist() == [10, 11, 12, 13, 20, 2, 21, 2, 22, 2, 23, 2]
+
+
+@pytest.mark.parametrize("limit, groups", [(2, ["02", "1", "35", "4", "6"]), (3, ["02", "1", "356", "4"])])
+def test_pairs_of_an_image_share_its_tokens_and_its_damage(limit, groups):
+    made = rows("A", "", "A", "broken", "", "broken", "broken")
+    batch = SharedPrefixCollator(PROCESSOR, IMAGE_TOKEN, group_by_image=True, max_pairs_per_image=limit)(made)
+    order = [int(number) for number in "".join(groups)]
+    assert batch["rows"] == [made[number] for number in order]
+    assert len(batch["packed"].layout.groups) == len(groups)
+    damaged = [index for index, number in enumerate(order) if number in (3, 5, 6)]
+    assert [index for index, _ in batch["bad_images"]] == damaged
+    assert batch["weights"].tolist() == [0.0 if index in damaged else 1.0 for index in range(7)]
+    shown = [first for first in (made[int(group[0])] for group in groups) if first["image"]]
+    assert batch["packed"].num_image_tokens == sum(first["num_image_tokens"] for first in shown)
+    assert len(batch["image_inputs"]["sizes"]) == len(shown)
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_a_batch_without_images_has_no_image_inputs(grouping):
+    made = rows("", "")
+    batch = SharedPrefixCollator(PROCESSOR, IMAGE_TOKEN, grouping)(made)
+    assert batch["image_inputs"] == {} and batch["bad_images"] == [] and batch["rows"] == made
+    assert len(batch["packed"].layout.groups) == 2, "pairs without an image share nothing"
+
+
+def test_a_recipe_s_collator_takes_the_model_s_token_and_the_recipe_s_limits():
+    model = SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(image_token_id=7)))  # as DDP wraps one
+    arguments = PluginArguments(group_pairs_by_image=True, max_pairs_per_image=3)
+    assert SharedPrefixCollator.of(PROCESSOR, model, arguments) == SharedPrefixCollator(PROCESSOR, 7, True, 3)
+    assert SharedPrefixCollator(PROCESSOR, 7) == SharedPrefixCollator(PROCESSOR, 7, False, 4)
