@@ -60,7 +60,9 @@ def _unread_layers(model) -> list:
     read = [read] if isinstance(read, int) else read
     # hidden_states holds the embeddings and each layer's output: one entry more than there are layers.
     last_read = max(index % (len(layers) + 1) for index in read)
-    return list(layers[last_read:])
+    # FSDP1 wraps each layer. transformers records hidden states at the layer inside: one that is not called there would
+    # be missing, and LLaVA would read another layer's output.
+    return [getattr(layer, "module", layer) for layer in layers[last_read:]]
 
 
 def _pass_on(hidden_states, *args, **kwargs):
