@@ -27,7 +27,9 @@ def train(recipe: dict) -> None:
     workflow.run_dpo(current(), *arguments)
 
 
-def train_on_processes(folder: Path, recipes: list[dict], processes: int, timeout: int = 600, **env: str) -> str:
+def train_on_processes(
+    folder: Path, recipes: list[dict], processes: int, timeout: int = 600, module: str = "helpers.ranks", **env: str
+) -> str:
     """Trains every recipe on so many processes; returns what they printed. Raises AssertionError if one failed."""
     path = folder / f"recipes-{processes}.json"
     path.write_text(json.dumps(recipes))
@@ -35,7 +37,7 @@ def train_on_processes(folder: Path, recipes: list[dict], processes: int, timeou
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += ["--master_addr=127.0.0.1", "--module", "helpers.ranks", str(path)]  # as a file it would shadow modules
+    command += ["--master_addr=127.0.0.1", "--module", module, str(path)]  # as a file it would shadow modules
     paths = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)

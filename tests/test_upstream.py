@@ -1,0 +1,59 @@
+"""Each work-around for other packages' internals: what fails without it, and that it helps."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from transformers.integrations import HfDeepSpeedConfig, deepspeed
+
+from helpers.llava import tiny_llava
+from helpers.recipes import random_model
+from llava_orpo import upstream
+from llava_orpo.checkpoint.published import expected_tensors
+
+
+def test_the_installed_versions_are_those_it_was_written_for(monkeypatch):
+    assert upstream.other_versions() == ""
+    monkeypatch.setitem(upstream.WRITTEN_FOR, "peft", "0.0.1")
+    assert "(written for 0.0.1)" in upstream.other_versions()
+
+
+def test_a_folder_is_checked_while_zero3_is_on():
+    config = json.loads((random_model() / "config.json").read_text())
+    expected = expected_tensors(config)
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        assert expected_tensors(config) == expected
+        assert deepspeed.is_deepspeed_zero3_enabled(), "it is on again afterwards"
+        with upstream.without_zero_init():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+        del alive
+
+
+def test_the_default_wrap_policy_finds_its_layers():
+    model = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(Exception, match="Could not find the transformer layer class"):
+        fsdp_auto_wrap_policy(model)
+    upstream.keep_present_layer_names(model)
+    assert callable(fsdp_auto_wrap_policy(model))
+    inner = model.get_base_model()
+    assert inner._no_split_modules == {"CLIPEncoderLayer", type(inner.get_decoder().layers[0]).__name__}
+
+
+def test_an_optimizer_is_loaded_onto_a_numbered_cpu():
+    upstream.load_onto_numbered_cpus()
+    upstream.load_onto_numbered_cpus()  # twice is once
+    assert sum(entry[2] is upstream._same_storage for entry in torch.serialization._package_registry) == 1
+    saved = io.BytesIO()
+    torch.save({"step": torch.arange(3)}, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, map_location=torch.device("cpu:0"), weights_only=True)
+    assert torch.equal(loaded["step"], torch.arange(3))
