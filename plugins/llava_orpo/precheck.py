@@ -132,6 +132,21 @@ def _file(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: there is no file {name}."] if is_path and not Path(name).is_file() else []
 
 
+def _accelerator_config(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    """A file that is not there, and what `training.checks.refuse_unsupported_loading` would refuse later."""
+    config = recipe[key]
+    if isinstance(config, str) and (missing := _file(key, recipe)):
+        return missing
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
+        except ValueError as error:
+            return [f"{key}: {recipe[key]} is not JSON: {error}."]
+    if isinstance(config, dict) and config.get("dispatch_batches"):
+        return [f"{key}: dispatch_batches: true can't send packed batches to other processes; leave it out."]
+    return []
+
+
 def _folder(key: str, recipe: Mapping[str, Any]) -> list[str]:
     name = recipe[key]
     return [f"{key}: there is no folder {name}."] if isinstance(name, str) and not Path(name).is_dir() else []
@@ -178,7 +193,7 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "resume_from_checkpoint": _folder,
     "deepspeed": _file,
     "fsdp_config": _file,
-    "accelerator_config": _file,
+    "accelerator_config": _accelerator_config,
     "bf16": _precision,
     "pure_bf16": _precision,
     "fp16": _precision,

@@ -69,10 +69,11 @@ def losses(folder: Path) -> list[dict]:
     return [line for line in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in line]
 
 
-def assert_same(one: Path, other: Path, tolerance: float = 1e-4, norms: bool = True) -> None:
+def assert_same(one: Path, other: Path, tolerance: float = 1e-4, norms: bool = True) -> float:
     """Compares logs, and adapters relative to the largest weight of their kind (Adam makes rounding errors larger).
 
     norms: whether the logged gradient norms are of the whole gradient (FSDP1 logs each process's own part on CPUs).
+    Returns the largest difference of an adapter's weight, relative to the largest weight of its kind.
     """
     left, right = adapter(one), adapter(other)
     assert left.keys() == right.keys()
@@ -90,3 +91,4 @@ def assert_same(one: Path, other: Path, tolerance: float = 1e-4, norms: bool = T
             : 5 + norms
         ]:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-4), (key, a, b)
+    return worst

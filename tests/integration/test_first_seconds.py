@@ -194,6 +194,11 @@ REFUSED = [
         ["resume_from_checkpoint: there is no folder out/checkpoint-9."],
     ),
     ("train good.yaml media_dir=images", ["media_dir: there is no folder images."]),
+    ("train good.yaml accelerator_config=no.json", ["accelerator_config: there is no file no.json."]),
+    (
+        "train good.yaml accelerator_config.dispatch_batches=true",
+        ["accelerator_config: dispatch_batches: true can't send packed batches to other processes; leave it out."],
+    ),
     # precision
     ("train good.yaml bf16=true", ["bf16: true needs a GPU, and this machine has none; set `bf16: false`."]),
     ("train good.yaml fp16=true", ["fp16: true needs a GPU, and this machine has none; set `fp16: false`."]),

@@ -16,11 +16,12 @@ from llamafactory.hparams import get_train_args
 from PIL import Image
 
 from helpers.recipes import build_trainer, photo_rows, random_model, recipe, run_cli, write_recipe, write_rows
+from llava_orpo.errors import UserError
 from llava_orpo.integration.run import current
 from llava_orpo.preference.scoring import ConditionedRows
 from llava_orpo.step.batches import fill_batches, image_runs
 from llava_orpo.step.collator import SharedPrefixCollator
-from llava_orpo.training import workflow
+from llava_orpo.training import checks, workflow
 
 LORA = {
     "finetuning_type": "lora",
@@ -198,6 +199,36 @@ def test_the_reason_to_fall_back_is_seen_on_a_plain_command_line(tmp_path, work,
     assert "ld_alpha" in workflow.check(current(), *arguments)
     *arguments, _ = get_train_args(line.replace("--ld_alpha 0.5 ", "").split())
     assert workflow.check(current(), *arguments) == ""
+
+
+@pytest.mark.parametrize(
+    "keys, problem",
+    [
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: true can't send packed batches"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length is not supported"),
+    ],
+)
+def test_ways_to_load_that_packed_batches_do_not_go_through_are_refused(tmp_path, keys, problem):
+    *arguments, _ = get_train_args(recipe(tmp_path, keys))
+    with pytest.raises(UserError, match=problem):
+        workflow.check(current(), *arguments)
+
+
+def test_a_deepspeed_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    state = tmp_path / "checkpoint-4" / "global_step4"
+    state.mkdir(parents=True)
+    for rank in range(4):
+        (state / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (state / "mp_rank_00_model_states.pt").touch()
+    run = SimpleNamespace(deepspeed="z.json", resume_from_checkpoint=str(state.parent), world_size=2)
+    with pytest.raises(UserError, match="saved by DeepSpeed on 4 processes.*this run has 2. Start 4 processes"):
+        checks.refuse_other_sharding(run)
+    run.world_size = 4
+    checks.refuse_other_sharding(run)
+    run.deepspeed, run.world_size = None, 2
+    checks.refuse_other_sharding(run)
 
 
 @pytest.mark.parametrize("window", [64, None])

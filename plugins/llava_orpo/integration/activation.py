@@ -14,6 +14,7 @@ from llamafactory.extras.env import VERSION
 from transformers import HfArgumentParser
 
 from .. import arguments as plugin_arguments
+from .. import upstream
 from ..arguments import PluginArguments
 from ..data.mm_plugin import LlavaOrpoPlugin
 from ..data.rlaif_v import RlaifVConverter
@@ -46,6 +47,8 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
         parsed, rest = ours.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
         project = dict(zip(rest, rest[1:], strict=False)).get("--project")
     check_version(parsed)
+    if other := upstream.other_versions():
+        logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")
     run = activate(parsed)
     if project:  # transformers' own `project` key reaches Trackio only
         run.set_default("WANDB_PROJECT", str(project))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from llamafactory.extras import logging
 from llamafactory.extras.misc import calculate_tps
@@ -87,6 +88,20 @@ def refuse_unsupported_loading(training_args) -> None:
         raise UserError(
             "train_sampling_strategy: group_by_length is not supported with plugins: llava_orpo, whose packed batches "
             "have no padding to save. Leave it out, or use group_pairs_by_image: true."
+        )
+
+
+def refuse_other_sharding(training_args) -> None:
+    """Raises UserError for a DeepSpeed checkpoint that so many processes can't load."""
+    folder = training_args.resume_from_checkpoint
+    if not training_args.deepspeed or not isinstance(folder, str):
+        return
+    saved = {file.name for file in Path(folder).glob("global_step*/*zero_pp_rank_*_optim_states.pt")}
+    if saved and len(saved) != training_args.world_size:
+        raise UserError(
+            f"resume_from_checkpoint: {folder} was saved by DeepSpeed on {len(saved)} processes, and its state is cut "
+            f"into as many parts; this run has {training_args.world_size}. Start {len(saved)} processes, or continue "
+            f"from the adapter alone: `adapter_name_or_path: {folder}` without resume_from_checkpoint."
         )
 
 

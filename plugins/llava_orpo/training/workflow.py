@@ -116,6 +116,7 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     config = loader.load_config(model_args)  # through its module: `anyres_max_tiles` swaps it there
     checks.refuse_unsupported(config, model_args, data_args)
     checks.refuse_unsupported_loading(training_args)
+    checks.refuse_other_sharding(training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
