@@ -17,7 +17,7 @@ from llamafactory.train.callbacks import LogCallback
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
 
-from ..data.skipped import report_skipped
+from ..data.skipped import report_skipped, summarize_skipped
 from ..step.collator import SharedPrefixCollator
 from . import checks
 from .callbacks import FullLogCallback
@@ -64,6 +64,9 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
             metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # it is its own reference
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.accelerator.wait_for_everyone()  # every rank has listed the pairs it left out
+    if trainer.is_world_process_zero():
+        summarize_skipped(training_args.output_dir)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
@@ -127,6 +130,8 @@ def read_rows(run: Run, template, module, model_args, data_args, training_args) 
     run.skipped, run.considered = [], 0
     rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
     limit, write = run.arguments.max_skipped_fraction, training_args.should_save
-    report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write)
+    # a start that goes on with a run, or only evaluates one, keeps what that run found while training
+    goes_on = training_args.resume_from_checkpoint is not None or not training_args.do_train
+    report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write, keep_training=goes_on)
     checks.refuse_unusable_rows(rows, run.arguments, training_args)
     return rows
