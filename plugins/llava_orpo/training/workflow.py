@@ -19,7 +19,7 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 
 from ..data.skipped import report_skipped, summarize_skipped
 from ..step.collator import SharedPrefixCollator
-from . import checks
+from . import checks, secrets
 from .callbacks import FullLogCallback
 from .trainer import SharedPrefixTrainer
 
@@ -44,6 +44,7 @@ PLOTTED = (
 
 def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
     """Trains, saves and evaluates, as the recipe's `do_train` and `do_eval` say."""
+    secrets.put_away(run, training_args, finetuning_args)
     trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks)
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
