@@ -129,6 +129,21 @@ def test_the_hub_rule_holds_in_a_run(tmp_path, monkeypatch):
     assert entry["row"] == 1 and "no path of a dataset from a Hub is followed" in entry["reason"]
 
 
+def test_a_file_that_was_added_or_mended_is_read_again(tmp_path):
+    row = {"question": "q", "chosen": "c", "rejected": "r"}
+    rows = [{**row, "image": f"{i}.png"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = {"rows": {"file_name": "rows.jsonl", "formatting": "rlaif_v", "ranking": True}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"cache_dir": str(tmp_path / "cache"), "max_skipped_fraction": 0.9}
+    (tmp_path / "0.png").write_bytes(png(picture(20, 10)))
+    (tmp_path / "1.png").write_bytes(b"no image")
+    assert tokenized(tmp_path, keys)[0]["row"] == [0]
+    (tmp_path / "1.png").write_bytes(png(picture(30, 10)))
+    (tmp_path / "2.png").write_bytes(png(picture(40, 10)))
+    assert tokenized(tmp_path, keys)[0]["width"] == [20, 30, 40]
+
+
 # LLaMA-Factory's own formats
 
 

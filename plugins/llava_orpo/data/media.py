@@ -55,6 +55,22 @@ def find_file(path: str, folders: Sequence[str]) -> str:
     raise OSError(f"image file {path!r} not found in {', '.join(folders)}")
 
 
+def states(paths: Sequence[str], folders: Sequence[str]) -> list[tuple[int, int, int] | None]:
+    """(inode, size, time of the last change) of each path's file in the first folder that has it; None: no folder."""
+    found = []
+    for path in paths:
+        state = None
+        for folder in folders:
+            try:
+                file = os.stat(os.path.join(folder, path))
+            except (OSError, ValueError):
+                continue
+            state = (file.st_ino, file.st_size, file.st_mtime_ns)
+            break
+        found.append(state)
+    return found
+
+
 def is_inside(place: str, folders: Sequence[str]) -> bool:
     """Whether a real path is one of the real folders, or below one."""
     return any(os.path.join(place, "").startswith(os.path.join(folder, "")) for folder in folders)

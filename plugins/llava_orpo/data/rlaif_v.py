@@ -46,10 +46,11 @@ def read_request(name: str, entry: dict[str, Any], arguments: PluginArguments) -
     return DatasetRequest(name, arguments, part, block.get("filter"))
 
 
-def index_images(batch, indices, *, column, file, media_dirs, verify, version):
+def index_images(batch, indices, *, column, file, media_dirs, verify, version, stamp=""):
     """One index row per image: reference, content hash, size, problem. Reads headers, not pixels.
 
-    media_dirs: the only folders in which a path is followed (see `media.folders_of`).
+    media_dirs: the only folders in which a path is followed (see `media.folders_of`). version, stamp: make the cache
+    key another one when this function, or the state of the files that the paths name, is another one.
     With `verify="full"` every image is decoded once. Batched function for `datasets.map`.
     """
     out = {"_ref": [], "_hash": [], "_width": [], "_height": [], "_problem": []}
@@ -83,6 +84,15 @@ def _find_file(path: str, media_dirs: list[str]) -> str:
     return media.find_file(path, media_dirs)
 
 
+def _stamp(dataset: Dataset, column: str, media_dirs: list[str]) -> str:
+    """A hash of the image files that a column of paths names: a file that was added or changed is read again."""
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", "") not in ("string", "large_string"):
+        return ""
+    paths = sorted({path for path in dataset[column] if isinstance(path, str)})
+    return images.content_hash(repr(media.states(paths, media_dirs)).encode())
+
+
 def _check_end(data: bytes) -> None:
     """Finds most truncated files without decoding: JPEG and PNG say where they end."""
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:]:
@@ -96,6 +106,7 @@ def _check_end(data: bytes) -> None:
 def build_index(dataset: Dataset, column: str, media_dirs: list[str], verify: str, num_proc: int | None) -> Dataset:
     """The image index of every row, cached by `datasets` and shared by all subsets, filters and parts."""
     settings = dict(column=column, media_dirs=media_dirs, verify=verify, version=INDEX_VERSION)
+    settings["stamp"] = _stamp(dataset, column, media_dirs)
     parts = []
     for file, part in _by_arrow_file(dataset, column):
         parts.append(

@@ -9,6 +9,7 @@ import os
 from datasets.exceptions import DatasetGenerationError
 from llamafactory.data import loader
 from llamafactory.extras import logging
+from pyarrow import ArrowInvalid
 
 from ..data import json_rows, rlaif_v
 from ..data.other_formats import leave_out_strange_paths
@@ -57,7 +58,7 @@ def sample_after_filter(original):
             return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
         try:
             return original(dataset_attr, model_args, data_args, training_args)
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, ArrowInvalid) as error:
             cause = " ".join(str(error.__cause__ or error).split())
             raise UserError(
                 f"{request.name}: its files cannot be read ({cause}); download or write them again."
