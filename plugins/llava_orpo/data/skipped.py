@@ -17,7 +17,13 @@ logger = logging.get_logger("llamafactory." + __name__)
 SKIPPED_FILE = "skipped_rows.jsonl"
 RANK_FILES = "skipped_rows.rank*.jsonl"
 TRAINING = "training"  # the stage of a row whose image turned out not to decode when it was used
-WORDS = {"reading": "while reading", "tokenizing": "while tokenizing", TRAINING: "when the image was decoded"}
+EVALUATION = "evaluation"  # the same, in a command of evals/
+WORDS = {
+    "reading": "while reading",
+    "tokenizing": "while tokenizing",
+    TRAINING: "when the image was decoded",
+    EVALUATION: "when the image was decoded",
+}
 
 
 def stop_at_bad_row(entries: list[dict[str, Any]], bad_rows: str) -> None:
@@ -42,7 +48,8 @@ def write_skipped(folder: str, entries: list[dict[str, Any]], rank: int = 0) -> 
     name = SKIPPED_FILE if rank == 0 else SKIPPED_FILE.replace(".jsonl", f".rank{rank}.jsonl")
     path = os.path.join(folder, name)
     known = {_key(entry) for entry in read_skipped(folder)}
-    _write(path, [entry for entry in once(entries) if _key(entry) not in known], "a")
+    if new := [entry for entry in once(entries) if _key(entry) not in known]:
+        _write(path, new, "a")
     return path
 
 
