@@ -19,6 +19,7 @@ TRACKED = subprocess.run(
 )
 FILES = [ROOT / name for name in TRACKED.stdout.split() if (ROOT / name).exists()]
 COMMANDS = [file for file in FILES if file.relative_to(ROOT).parts[0] in ("evals", "scripts")]
+PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib")
 PURE = (
     "errors",
     "files",
@@ -30,6 +31,7 @@ PURE = (
     "step.orpo",
     "data.anyres",
     "data.images",
+    "data.media",
     "data.rows",
     "data.conversation",
     "preference.records",
@@ -83,6 +85,49 @@ def test_the_package_imports_no_command():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & commands, file
+
+
+def dangerous(node: ast.AST) -> str:
+    """What of a syntax node would run code that comes from outside, or ""."""
+    if isinstance(node, ast.Import) and any(a.name.split(".")[0] in PICKLES for a in node.names):
+        return "imports pickle"
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLES:
+        return "imports pickle"
+    if not isinstance(node, ast.Call):
+        return ""
+    name = ast.unparse(node.func)
+    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+    if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "joblib.load"):
+        return f"calls {name}"
+    if name == "torch.load" and given.get("weights_only") != "True":
+        return "calls torch.load without weights_only=True"
+    if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
+        return f"calls {name} with allow_pickle"
+    if given.get("shell", "False") != "False":
+        return "starts a shell"
+    return "trusts remote code" if given.get("trust_remote_code", "False") != "False" else ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "eval(x)",
+        "exec(x)",
+    ]
+    + ["run(x, shell=True)", "yaml.load(f)", "os.system(x)", "AutoModel.from_pretrained(x, trust_remote_code=True)"],
+)
+def test_what_runs_foreign_code_is_seen(line):
+    assert any(dangerous(node) for node in ast.walk(ast.parse(line)))
+
+
+def test_nothing_runs_code_from_data_or_checkpoints():
+    for file, tree in trees(FILES).items():
+        found = [f"{file}:{node.lineno} {what}" for node in ast.walk(tree) if (what := dangerous(node))]
+        assert not found, found
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

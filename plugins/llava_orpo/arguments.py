@@ -86,6 +86,13 @@ class PluginArguments:
     allow_text_only: bool = field(
         default=False, metadata={"help": "Keep rows without an image as text-only pairs instead of skipping them."}
     )
+    bad_rows: Literal["skip", "error"] = field(
+        default="skip",
+        metadata={
+            "help": "skip: leave bad rows out and list them; error: stop at the first bad row, whether reading, "
+            "tokenizing or decoding its image shows that it is bad."
+        },
+    )
     max_skipped_fraction: Annotated[float, Field(ge=0, le=1)] = field(
         default=0.05,
         metadata={"help": "Stop before training when more than this share of the pairs would be skipped."},

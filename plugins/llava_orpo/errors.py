@@ -62,11 +62,19 @@ def hide_tracebacks_of_foreseen_errors() -> None:
 
     def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if foreseen(error) and not debugging():
+            _end_progress_bars()
             show(error)
         else:
             previous(kind, error, traceback)
 
     sys.excepthook = excepthook
+
+
+def _end_progress_bars() -> None:
+    """Lets what comes next start on a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 def _raised_in(error: BaseException, package: str) -> bool:

@@ -32,6 +32,8 @@ RANGE_WORDS = {
 }
 # What YAML 1.1 reads as a truth value although it may be meant as a word.
 TRUTH_WORDS = {True: ("yes", "on", "true", "y"), False: ("no", "off", "false", "n")}
+# How keys that hold a secret end: hf_hub_token, swanlab_api_key, … (but not max_new_tokens).
+SECRET_ENDINGS = ("token", "api_key", "secret", "password", "webhook_url")
 SHOWN_CHOICES = 16  # a longer list of choices hides the one that was meant
 
 
@@ -91,6 +93,8 @@ def problem(key: str, value: Any, schema: dict[str, Any]) -> str | None:
 
 def refusal(key: str, value: Any, schema: dict[str, Any]) -> str:
     """The sentence that refuses `value` for `key`."""
+    if is_secret(key):
+        return f"{key}: its value (not shown) is not allowed; it must be {allowed(schema)}."
     choices = schema.get("enum", ())
     near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else None
     hint = f"; did you mean `{key}: {near}`?" if near else ""
@@ -128,6 +132,11 @@ def simplified(schema: dict[str, Any]) -> dict[str, Any]:
     if "null" in types and "enum" in merged:
         merged["enum"] = [*merged["enum"], None]
     return {"type": types[0] if len(types) == 1 else types, **merged}
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key of a recipe holds a secret, whose value is never shown or written."""
+    return key.lower().endswith(SECRET_ENDINGS)
 
 
 def as_list(kinds: str | list[str]) -> list[str]:

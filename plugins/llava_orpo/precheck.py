@@ -18,6 +18,10 @@ OUTPUTS = "outputs"  # the recipes write there: a name below it is a folder, alt
 # Registry keys under which LLaMA-Factory looks for a dataset elsewhere than in dataset_dir.
 REMOTE_ENTRIES = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 TRAINING_KEYS = "TrainingArguments"  # the class whose keys `train` alone takes
+REMOTE_CODE = (
+    "trust_remote_code: true is not allowed with plugins: llava_orpo, because it runs code of whoever wrote the model "
+    "folder; LLaVA-1.6 needs none. Leave it out."
+)
 NEEDED = {"export": ("model_name_or_path", "export_dir")}
 
 
@@ -183,6 +187,10 @@ def _export_dir(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {folder} already holds files; name another folder, or set `overwrite_export_dir: true`."]
 
 
+def _remote_code(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    return [REMOTE_CODE]
+
+
 CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "model_name_or_path": _model,
     "adapter_name_or_path": _adapters,
@@ -197,4 +205,5 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "bf16": _precision,
     "pure_bf16": _precision,
     "fp16": _precision,
+    "trust_remote_code": _remote_code,
 }

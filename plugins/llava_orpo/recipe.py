@@ -82,8 +82,15 @@ def as_meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_overrides(words: Sequence[str]) -> list[str]:
-    """One sentence for each of `words` that is not written `key=value`."""
-    return [f"Overrides are written key=value; got {word}." for word in words if not word.partition("=")[1]]
+    """One sentence for each of `words` that is not written `key=value`, or that gives away a secret."""
+    found = [f"Overrides are written key=value; got {word}." for word in words if not word.partition("=")[1]]
+    for key, _, value in (word.partition("=") for word in words):
+        if keys.is_secret(key) and value:
+            found.append(
+                f"{key}: a secret on a command line is seen by every user of this machine, and W&B keeps the command; "
+                "set it as a variable (HF_TOKEN, WANDB_API_KEY) or in a recipe that only you can read."
+            )
+    return found
 
 
 def model_label(recipe: dict[str, Any]) -> str:

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import preference
+from helpers.corruption import wrong_crc
 from helpers.recipes import other_model, photo_rows, random_model, recipe, run_cli, write_recipe, write_rows
 from helpers.serving import picture, png, random_adapter
 from helpers.tokenizers import KINDS, chatml, mistral_v1, write_tokenizer
 from llava_orpo.data.conversation import CONVERSATIONS
 from llava_orpo.data.pairs import PairProcessor
-from llava_orpo.errors import UsageError
+from llava_orpo.errors import UsageError, UserError
 from llava_orpo.evaluation import generation
 from llava_orpo.evaluation.session import open_session
 from llava_orpo.integration import activation
@@ -150,6 +151,22 @@ def test_scores_of_other_data_are_not_reused(folder, scored, rows, tmp_path):
     assert preference.main([*words, f"dataset_dir={tmp_path}"]) == 0
     again = read(tmp_path / "out" / "preference_pairs.jsonl")
     assert again[:-1] == scored[:-1] and again[-1]["rejected_logp"] != scored[-1]["rejected_logp"]
+
+
+def test_pairs_that_cannot_be_scored_are_counted_and_listed_once(tmp_path, rows, capsys):
+    made = [dict(row) for row in rows[:4]]
+    made[2]["image"] = {"bytes": wrong_crc(png(picture(60, 50))), "path": None}
+    made[3]["chosen"] = None
+    write_rows(tmp_path, made)
+    write_recipe(tmp_path, {"eval_dataset": "rows", "max_skipped_fraction": 0.5})
+    for _ in range(2):  # the second takes the scores of the first
+        assert [pair["dataset"] for pair in evaluate(tmp_path, "out")] == ["rows"] * 2
+        listed = read(tmp_path / "out" / "skipped_rows.jsonl")
+        assert [(entry["stage"], entry["row"]) for entry in listed] == [("reading", 3), ("evaluation", 2)]
+    write_rows(tmp_path, made[:3])
+    with pytest.raises(UserError, match=r"^dataset rows, row 2, pair \S+: bad image: .*`bad_rows: skip`"):
+        evaluate(tmp_path, "strict", "bad_rows=error")
+    assert not (tmp_path / "strict" / "preference_eval.json").exists()
 
 
 def test_against_another_model(folder, scored, tmp_path, capsys):

@@ -4,13 +4,19 @@ LLaVA opens a file and calls `convert("RGB")` (load_image in llava/eval/run_llav
 llava/train/train.py): it takes the first frame of an animation, drops alpha and does not apply EXIF rotation. This
 module does the same with one exception: Pillow's own conversion of 16-bit greyscale ("I;16", "I") clips every value
 above 255 to white; here those values keep their high byte, as Pillow does for 16-bit RGB.
+
+Data is not trusted: only formats that Pillow decodes by itself are opened (EPS would start Ghostscript), an image of
+more pixels than Pillow's limit (89 million, 358 MB as RGB) is refused by its header, and Pillow's own limits hold for
+the texts inside a PNG (64 MB).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 Source = bytes | str | os.PathLike
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 class ImageError(ValueError):
@@ -30,7 +37,7 @@ def header_size(source: Source) -> tuple[int, int]:
     Equals decode_rgb(source).size. EXIF rotation is not applied.
 
     Raises:
-        ImageError: the header cannot be read, or announces more pixels than Pillow's limit (179 million).
+        ImageError: the header cannot be read, or announces more than Pillow's limit (89 million pixels).
     """
     with _opened(source) as image:
         return image.size
@@ -74,9 +81,12 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     if source in (b"", ""):
         raise ImageError("the image is empty: no bytes, no path")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's error starts at twice its limit
+            with Image.open(file, formats=_formats()) as image:
+                yield image
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise almost anything on damaged data
@@ -84,9 +94,16 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise ImageError(f"cannot read image ({name}): {reason}") from error
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _grey16(image: Image.Image) -> Image.Image:
     """Converts mode I;16 or I to L. Mode I comes from files of 16 or fewer bits: only values above 255 tell which."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if image.mode != "I" or values.max() > 255:
         values = values >> 8
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))

@@ -17,8 +17,15 @@ from .image_store import image_size
 from .images import ImageError
 from .mm_plugin import without_placeholder
 
-IDENTITY = ("pair_id", "dataset", "source", "question_type", "image_hash")
-OTHER_FORMATS = {"pair_id": "", "dataset": "", "source": "unknown", "question_type": "unknown", "image_hash": ""}
+IDENTITY = ("pair_id", "row", "dataset", "source", "question_type", "image_hash")
+OTHER_FORMATS = {
+    "pair_id": "",
+    "row": -1,  # not known
+    "dataset": "",
+    "source": "unknown",
+    "question_type": "unknown",
+    "image_hash": "",
+}
 
 
 @dataclass

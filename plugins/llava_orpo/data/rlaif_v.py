@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +15,9 @@ from llamafactory.data.converter import DatasetConverter
 
 from ..arguments import PluginArguments
 from ..errors import UserError
-from . import image_store, images, rows
+from . import image_store, images, media, rows
 
-INDEX_VERSION = 1  # part of the cache key: raise it when `index_images` gives other columns or values
+INDEX_VERSION = 2  # part of the cache key: raise it when `index_images` gives other columns or values
 
 
 @dataclass
@@ -47,9 +46,11 @@ def read_request(name: str, entry: dict[str, Any], arguments: PluginArguments) -
     return DatasetRequest(name, arguments, part, block.get("filter"))
 
 
-def index_images(batch, indices, *, column, file, media_dirs, verify, version):
+def index_images(batch, indices, *, column, file, media_dirs, verify, version, stamp=""):
     """One index row per image: reference, content hash, size, problem. Reads headers, not pixels.
 
+    media_dirs: the only folders in which a path is followed (see `media.folders_of`). version, stamp: make the cache
+    key another one when this function, or the state of the files that the paths name, is another one.
     With `verify="full"` every image is decoded once. Batched function for `datasets.map`.
     """
     out = {"_ref": [], "_hash": [], "_width": [], "_height": [], "_problem": []}
@@ -62,6 +63,8 @@ def index_images(batch, indices, *, column, file, media_dirs, verify, version):
                 if isinstance(value, dict) and value.get("bytes") is not None:
                     ref = image_store.arrow_reference(file, column, row)
                     data = value["bytes"]
+                    if not isinstance(data, bytes):  # text, which would be opened as a path
+                        raise images.ImageError(f"column {column!r} holds {type(data).__name__}, not bytes")
                 else:
                     ref = _find_file(value["path"] if isinstance(value, dict) else value, media_dirs)
                     data = image_store.read_bytes(ref)
@@ -76,11 +79,18 @@ def index_images(batch, indices, *, column, file, media_dirs, verify, version):
 
 
 def _find_file(path: str, media_dirs: list[str]) -> str:
-    for folder in media_dirs:
-        candidate = os.path.join(folder, path)
-        if os.path.isfile(candidate):
-            return os.path.abspath(candidate)
-    raise OSError(f"image file {path!r} not found in {', '.join(media_dirs)}")
+    if not isinstance(path, str):
+        raise OSError(f"the image is {type(path).__name__}, not a path or bytes")
+    return media.find_file(path, media_dirs)
+
+
+def _stamp(dataset: Dataset, column: str, media_dirs: list[str]) -> str:
+    """A hash of the image files that a column of paths names: a file that was added or changed is read again."""
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", "") not in ("string", "large_string"):
+        return ""
+    paths = sorted({path for path in dataset[column] if isinstance(path, str)})
+    return images.content_hash(repr(media.states(paths, media_dirs)).encode())
 
 
 def _check_end(data: bytes) -> None:
@@ -96,6 +106,7 @@ def _check_end(data: bytes) -> None:
 def build_index(dataset: Dataset, column: str, media_dirs: list[str], verify: str, num_proc: int | None) -> Dataset:
     """The image index of every row, cached by `datasets` and shared by all subsets, filters and parts."""
     settings = dict(column=column, media_dirs=media_dirs, verify=verify, version=INDEX_VERSION)
+    settings["stamp"] = _stamp(dataset, column, media_dirs)
     parts = []
     for file, part in _by_arrow_file(dataset, column):
         parts.append(
@@ -154,8 +165,7 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
     texts = dataset
     if column in dataset.column_names:
         dataset = image_store.undecoded(dataset, column)
-        folder = os.path.join(data_args.dataset_dir, os.path.dirname(dataset_attr.dataset_name))
-        media_dirs = [data_args.media_dir or data_args.dataset_dir, folder, "."]
+        media_dirs = media.folders_of(dataset_attr, data_args)
         index = build_index(dataset, column, media_dirs, request.arguments.verify_images, num_proc)
         keep_text = dataset.column_names if column == "image_path" else [c for c in dataset.column_names if c != column]
         texts = dataset.select_columns(keep_text)
@@ -218,7 +228,7 @@ class RlaifVConverter(DatasetConverter):
 
     `_prompt` holds the bare question: the template puts the image before it, so an `<image>` that a question
     or answer contains is text. `_images` holds a reference (see `image_store`). `_identity` carries the pair's
-    identity: pair_id, dataset, source, question_type, image_hash, width, height.
+    identity: pair_id, row, dataset, source, question_type, image_hash, width, height.
     """
 
     name: str = "rlaif_v"
@@ -235,6 +245,7 @@ class RlaifVConverter(DatasetConverter):
             "_audios": None,
             "_identity": {
                 "pair_id": rows.pair_id_of(example, example["_row"]),
+                "row": example["_row"],
                 "dataset": self.name,
                 "source": rows.source_of(example),
                 "question_type": rows.question_type_of(example),

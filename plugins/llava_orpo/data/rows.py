@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UserError
 
+UNREADABLE = "_unreadable"  # column of the reason why a row of a file cannot be read at all (see `json_rows`)
 QUESTION_TYPES = ("detailed description", "question answering")
 
 
@@ -42,18 +43,20 @@ def parse_json(text: Any) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 def preference_texts(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """(question, chosen, rejected) of a row in RLAIF-V's or RLHF-V's layout. Raises RowError."""
+    if row.get(UNREADABLE):
+        raise RowError(row[UNREADABLE])
     if row.get("question") is None and row.get("text") is not None:
         text = row["text"]
         if isinstance(text, str):
             try:
                 text = json.loads(text)
-            except json.JSONDecodeError as err:
+            except (ValueError, RecursionError) as err:
                 raise RowError(f"column `text` is not JSON: {err}") from None
         if not isinstance(text, Mapping):
             raise RowError("column `text` must hold a JSON object with question, chosen, rejected")
@@ -61,8 +64,10 @@ def preference_texts(row: Mapping[str, Any]) -> tuple[str, str, str]:
     texts = []
     for field in ("question", "chosen", "rejected"):
         value = row.get(field)
-        if not isinstance(value, str):
+        if value is None:
             raise RowError(f"`{field}` is missing")
+        if not isinstance(value, str):
+            raise RowError(f"`{field}` is not text but {type(value).__name__}")
         if field != "question" and not value.strip():
             raise RowError(f"`{field}` is empty")
         if any("\ud800" <= ch <= "\udfff" for ch in value):
@@ -91,7 +96,8 @@ def pair_id_of(row: Mapping[str, Any], number: int) -> str:
     """`<idx>-<8 hex digits of the texts>`; a row without an idx gets its row number instead."""
     idx = row.get("idx")
     texts = "\0".join(str(row.get(field)) for field in ("question", "chosen", "rejected", "text"))
-    return f"{number if idx in (None, '') else idx}-{hashlib.blake2b(texts.encode(), digest_size=4).hexdigest()}"
+    digest = hashlib.blake2b(texts.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    return f"{number if idx in (None, '') else idx}-{digest}"
 
 
 def flatten_filter(conditions: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..data.skipped import EVALUATION, stop_at_bad_row, summarize_skipped, write_skipped
 from ..files import json_line, whole_lines, write_atomic
 from ..preference import scoring
 from ..preference.records import CONDITIONS
@@ -88,9 +89,25 @@ def evaluate_session(session: Session, folder: Path, restart: bool = False) -> E
     conditions = CONDITIONS if session.arguments.grounding_eval else ("true",)
     merged = {condition: scoring.merge([score(session, folder, condition, restart)]) for condition in conditions}
     evaluation = Evaluation.of(session.rows, merged, session.beta, session.arguments.eval_min_subset)
+    list_left_out(session, folder, evaluation)
     count = session.arguments.eval_examples
     write_evaluation(folder, session.rows, evaluation, session.tokenizer, count, step=0, epoch=0.0)
     return evaluation
+
+
+def list_left_out(session: Session, folder: Path, evaluation: Evaluation) -> None:
+    """Adds the pairs whose image did not decode to skipped_rows.jsonl, and logs how many pairs it lists.
+
+    Raises UserError for the first of them under `bad_rows: error`.
+    """
+    named = session.rows.select_columns(["dataset", "row", "pair_id"])
+    entries = [
+        {"stage": EVALUATION, **named[row.position], "reason": f"bad image: {row.bad_image}"}
+        for row in evaluation.unusable
+    ]
+    write_skipped(str(folder), entries)
+    stop_at_bad_row(entries, session.arguments.bad_rows)
+    summarize_skipped(str(folder))
 
 
 def score(session: Session, folder: Path, condition: str, restart: bool) -> list[ScoredRow]:

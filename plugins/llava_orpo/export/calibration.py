@@ -6,6 +6,7 @@ not quantized, so they run once, here; llm-compressor then sees a plain text dec
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint.files import CheckpointError, read_json
-from ..data import images, rows
+from ..data import images, media, rows
 from ..data.anyres import AnyresGeometry
 from ..data.conversation import CONVERSATIONS, Conversation, expand_image_token
 from ..errors import UserError
@@ -121,7 +122,10 @@ def choose_pairs(
 def _image_bytes(value: dict[str, Any] | None, file: Path) -> bytes:
     if value is None or not (value.get("bytes") or value.get("path")):
         raise rows.RowError("no image")
-    return value["bytes"] or (file.parent / value["path"]).read_bytes()
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    own = file if file.is_dir() else file.parent
+    return Path(media.find_file(value["path"], [os.path.realpath(own)])).read_bytes()
 
 
 def checkpoint_conversation(processor, folder: Path) -> Conversation:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .. import keys
 from ..errors import UserError
 
 # What a dataset's publisher says on its card; for other datasets the licence has to be given with licence=.
@@ -21,7 +22,6 @@ BASES = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": "LLaMA 2 Community License",
     "llava-hf/llava-v1.6-34b-hf": "Apache 2.0",
 }
-SECRET_KEYS = ("hf_hub_token", "ms_hub_token", "om_hub_token", "api_key")
 NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.bin", "*.partial", ".*"]
 
 
@@ -98,7 +98,7 @@ def make_card(
 
 def public(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without secrets, and with absolute paths cut to their last part."""
-    shown = {key: value for key, value in recipe.items() if key not in SECRET_KEYS}
+    shown = {key: value for key, value in recipe.items() if not keys.is_secret(key)}
     return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in shown.items()}
 
 

@@ -14,7 +14,7 @@ from llamafactory.extras.env import VERSION
 from transformers import HfArgumentParser
 
 from .. import arguments as plugin_arguments
-from .. import upstream
+from .. import keys, precheck, upstream
 from ..arguments import PluginArguments
 from ..data.mm_plugin import LlavaOrpoPlugin
 from ..data.rlaif_v import RlaifVConverter
@@ -32,20 +32,24 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     """Takes the plugin's keys out of a recipe (a dict, or a command line), activates the plugin, returns the rest.
 
     Raises UserError for unknown keys (the nearest valid key is named), for values that are not allowed, and for
-    a LLaMA-Factory version other than the tested one.
+    a LLaMA-Factory version other than the tested one, and for `trust_remote_code: true`.
     """
-    project = None
     if isinstance(args, dict):
         ours, rest = plugin_arguments.split_keys(args)
         parsed = PluginArguments(**ours)
         if not allow_extra_keys:
             known = {name for dtype in parser.dataclass_types for name in dtype.__dataclass_fields__}
             plugin_arguments.refuse_unknown_keys(list(rest), known)
-        project = rest.get("project")
+        project, remote_code = rest.get("project"), rest.get("trust_remote_code")
     else:
         ours = HfArgumentParser(PluginArguments, allow_abbrev=False)  # --dataset is not short for --dataset_filter
         parsed, rest = ours.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
-        project = dict(zip(rest, rest[1:], strict=False)).get("--project")
+        following = dict(zip(rest, [*rest[1:], ""], strict=True))
+        project = following.get("--project")
+        remote_code = following.get("--trust_remote_code", "false").lower() not in keys.TRUTH_WORDS[False]
+        remote_code |= "--trust_remote_code=true" in map(str.lower, rest)
+    if remote_code:  # the model's folder would run its code as soon as its config is read
+        raise UserError(precheck.REMOTE_CODE)
     check_version(parsed)
     if other := upstream.other_versions():
         logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")

@@ -6,11 +6,17 @@ import copy
 import json
 import os
 
+from datasets.exceptions import DatasetGenerationError
+from llamafactory.data import loader
 from llamafactory.extras import logging
+from pyarrow import ArrowInvalid
 
-from ..data import rlaif_v
+from ..data import json_rows, rlaif_v
+from ..data.other_formats import leave_out_strange_paths
 from ..data.pairs import PairProcessor
+from ..data.skipped import stop_at_bad_row
 from ..data.template import ExactTemplate
+from ..errors import UserError
 from .run import current
 
 logger = logging.get_logger("llamafactory." + __name__)
@@ -46,7 +52,17 @@ def sample_after_filter(original):
         dataset_attr, data_args = copy.copy(dataset_attr), copy.copy(data_args)
         request.max_samples, data_args.max_samples = data_args.max_samples, None
         request.num_samples, dataset_attr.num_samples = dataset_attr.num_samples, None
-        return original(dataset_attr, model_args, data_args, training_args)
+        files = json_rows.files_of(dataset_attr, data_args.dataset_dir)
+        if files and not data_args.streaming:  # row by row: one odd row must not stop the whole file
+            dataset = json_rows.load(files, dataset_attr.images, model_args.cache_dir)
+            return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
+        try:
+            return original(dataset_attr, model_args, data_args, training_args)
+        except (DatasetGenerationError, ArrowInvalid) as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise UserError(
+                f"{request.name}: its files cannot be read ({cause}); download or write them again."
+            ) from error
 
     return _load_single_dataset
 
@@ -57,12 +73,18 @@ def align(original):
     def align_dataset(dataset, dataset_attr, data_args, training_args):
         request = getattr(dataset_attr, "llava_orpo", None)
         if request is None:
-            aligned = original(dataset, dataset_attr, data_args, training_args)
-            if not data_args.streaming:
-                current().considered += len(aligned)
-            return aligned
-        aligned = rlaif_v.align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
-        current().skipped += [dict(entry, stage="reading") for entry in request.skipped]
+            if data_args.streaming:
+                return original(dataset, dataset_attr, data_args, training_args)
+            current().considered += len(dataset)
+            dataset, skipped = leave_out_strange_paths(dataset, dataset_attr, data_args, str(dataset_attr))
+            note(skipped, "reading")
+            if not len(dataset):
+                raise UserError(f"{dataset_attr}: every row is unusable. The first reason: {skipped[0]['reason']}")
+            return original(dataset, dataset_attr, data_args, training_args)
+        try:
+            aligned = rlaif_v.align(dataset, dataset_attr, data_args, request, data_args.preprocessing_num_workers)
+        finally:  # it raises UserError when no row is left; the list is wanted then too
+            note(request.skipped, "reading")
         current().considered += request.considered
         logger.info_rank0(
             f"{request.name}: {len(aligned)} pairs of {len(dataset)} rows"
@@ -102,7 +124,7 @@ def tokenize(original):
             desc="Running tokenizer on dataset",
         )
         tokenized, skipped = drop_skipped(tokenized)
-        run.skipped += skipped
+        note(skipped, "tokenizing")
         if training_args.should_log and len(tokenized):
             print("eval example:" if is_eval else "training example:")
             pairs.print_data_example(tokenized[0])
@@ -113,12 +135,18 @@ def tokenize(original):
 
 def drop_skipped(tokenized):
     """(the good pairs, entries of skipped_rows.jsonl for the others) of a dataset that `PairProcessor` made."""
-    reasons, ids, names = tokenized["skip"], tokenized["pair_id"], tokenized["dataset"]
-    skipped = [
-        {"stage": "tokenizing", "dataset": name, "pair_id": pair_id, "reason": reason}
-        for name, pair_id, reason in zip(names, ids, reasons, strict=True)
-        if reason
-    ]
-    if skipped:
+    reasons = tokenized["skip"]
+    bad = [i for i, reason in enumerate(reasons) if reason]
+    skipped = []
+    if bad:
+        named = tokenized.select_columns(["dataset", "row", "pair_id"])
+        skipped = [{**named[i], "reason": reasons[i]} for i in bad]
         tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
     return tokenized.remove_columns("skip"), skipped
+
+
+def note(skipped, stage: str) -> None:
+    """Adds rows to the run's list. Raises UserError for the first of them under `bad_rows: error`."""
+    run = current()
+    run.skipped += [{"stage": stage, **entry} for entry in skipped]
+    stop_at_bad_row(skipped, run.arguments.bad_rows)

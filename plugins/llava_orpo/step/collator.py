@@ -98,7 +98,14 @@ class SharedPrefixCollator:
 
     def _load(self, row: dict[str, Any]):
         try:
-            return load_image(row["image"]), ""
+            picture = load_image(row["image"])
+            if picture.size != (row["width"], row["height"]):  # other than counted: a file that was changed since
+                raise images.ImageError(
+                    "it is {}x{} now, and was {}x{} when the data was read".format(
+                        *picture.size, row["width"], row["height"]
+                    )
+                )
+            return picture, ""
         except (images.ImageError, OSError) as err:
             return images.grey_like(row["width"], row["height"]), str(err)
 

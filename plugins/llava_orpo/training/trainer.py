@@ -21,7 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..arguments import PluginArguments
 from ..checkpoint import resume
 from ..data.images import content_hash
-from ..data.skipped import write_skipped
+from ..data.skipped import TRAINING, stop_at_bad_row, write_skipped
 from ..errors import UserError
 from ..preference import scoring, writing
 from ..preference.records import CONDITIONS
@@ -56,7 +56,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
         self._pairs_in_step: torch.Tensor | None = None  # see get_batch_samples
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
-        self._bad_images: set[tuple[str, str]] = set()
+        self._bad_images: set[tuple[str, str, int]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
@@ -224,16 +224,19 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             )
 
     def _note_bad_images(self, batch: dict[str, Any]) -> None:
-        """Logs and lists each pair whose image could not be decoded, once per run."""
+        """Logs and lists each pair whose image could not be decoded, once per run; stops under `bad_rows: error`."""
         for index, reason in batch["bad_images"]:
             row = batch["rows"][index]
             name = row["pair_id"] or _image_name(row["image"])  # pairs of other LLaMA-Factory formats have no id
-            if (row["dataset"], name) in self._bad_images:
+            number = row.get("row", -1)
+            if (row["dataset"], name, number) in self._bad_images:
                 continue
-            self._bad_images.add((row["dataset"], name))
-            logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
-            entry = {"stage": "training", "dataset": row["dataset"], "pair_id": name, "reason": f"bad image: {reason}"}
+            self._bad_images.add((row["dataset"], name, number))
+            entry = {"stage": TRAINING, "dataset": row["dataset"], "row": number, "pair_id": name}
+            entry["reason"] = f"bad image: {reason}"
             write_skipped(self.args.output_dir, [entry], rank=self.args.process_index)
+            stop_at_bad_row([entry], self.plugin.bad_rows)
+            logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

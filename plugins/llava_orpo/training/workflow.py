@@ -18,9 +18,9 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import create_modelcard_and_push, create_ref_model
 
 from .. import upstream
-from ..data.skipped import report_skipped
+from ..data.skipped import report_skipped, summarize_skipped
 from ..step.collator import SharedPrefixCollator
-from . import checks
+from . import checks, secrets
 from .callbacks import FullLogCallback
 from .trainer import SharedPrefixTrainer
 
@@ -45,6 +45,7 @@ PLOTTED = (
 
 def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
     """Trains, saves and evaluates, as the recipe's `do_train` and `do_eval` say."""
+    secrets.put_away(run, training_args, finetuning_args)
     trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks)
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -65,6 +66,9 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
             metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # it is its own reference
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.accelerator.wait_for_everyone()  # every rank has listed the pairs it left out
+    if trainer.is_world_process_zero():
+        summarize_skipped(training_args.output_dir)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
@@ -132,6 +136,8 @@ def read_rows(run: Run, template, module, model_args, data_args, training_args) 
     run.skipped, run.considered = [], 0
     rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)
     limit, write = run.arguments.max_skipped_fraction, training_args.should_save
-    report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write)
+    # a start that goes on with a run, or only evaluates one, keeps what that run found while training
+    goes_on = training_args.resume_from_checkpoint is not None or not training_args.do_train
+    report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write, keep_training=goes_on)
     checks.refuse_unusable_rows(rows, run, training_args)
     return rows
