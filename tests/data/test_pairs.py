@@ -19,6 +19,7 @@ PHOTO = png(picture(*SIZE, seed=0))
 TEXTS = ("What is this?", "A cat on a mat.", "A dog.")
 IDENTITY = {
     "pair_id": "7-e81e785a",
+    "row": 7,
     "dataset": "rows",
     "source": "COCO",
     "question_type": "detailed description",
