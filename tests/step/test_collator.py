@@ -26,12 +26,13 @@ PROCESSOR = SimpleNamespace(image_processor=image_processor)
 def row(name, number):
     """A pair on an image of that name ("" for none), as `PairProcessor` makes it."""
     tokens = {"A": 2, "B": 3, "broken": 4, "": 0}[name]
+    width, height = {"A": (11, 20), "B": (12, 20), "broken": (30 + number, 40), "": (0, 0)}[name]
     return {
         "pair_id": str(number),
         "image": NAMES.get(name),
         "image_hash": name,
-        "width": 30 + number if name == "broken" else 0,
-        "height": 40,
+        "width": width,
+        "height": height,
         "num_image_tokens": tokens,
         "prompt_ids": [1, *([IMAGE_TOKEN] if name else []), 5],
         "chosen_ids": [10 + number],
@@ -85,3 +86,35 @@ def test_a_recipe_s_collator_takes_the_model_s_token_and_the_recipe_s_limits():
     arguments = PluginArguments(group_pairs_by_image=True, max_pairs_per_image=3)
     assert SharedPrefixCollator.of(PROCESSOR, model, arguments) == SharedPrefixCollator(PROCESSOR, 7, True, 3)
     assert SharedPrefixCollator(PROCESSOR, 7) == SharedPrefixCollator(PROCESSOR, 7, False, 4)
+
+
+def test_empty_places_are_left_out_as_far_as_a_pair_remains():
+    first, second, third = rows("A", "B", "broken")
+    collator = SharedPrefixCollator(PROCESSOR, IMAGE_TOKEN)
+    batch = collator([first, {**second, "padding": True}, {**third, "padding": True}])
+    assert batch["rows"] == [first] and batch["weights"].tolist() == [1.0] and not batch["bad_images"]
+    batch = collator([{**third, "padding": True}, {**third, "padding": True}])
+    assert len(batch["rows"]) == 1 and batch["weights"].tolist() == [0.0]
+    assert not batch["bad_images"], "the pair is listed where it has its own place"
+
+
+def test_a_batch_of_text_only_pairs_gets_a_grey_stand_in_without_weight():
+    processor = SimpleNamespace(
+        image_processor=image_processor, image_token="<image>", num_additional_image_tokens=1, patch_size=14
+    )
+    processor.image_processor = lambda pictures, return_tensors: image_processor(pictures, return_tensors)
+    processor.image_processor.crop_size = {"height": 28, "width": 28}
+    processor.image_processor.image_grid_pinpoints = [[28, 56], [56, 28]]
+    processor.vision_feature_select_strategy = "default"
+    text, image = rows("", "A")
+    collator = SharedPrefixCollator(processor, IMAGE_TOKEN, always_with_image=True)
+    batch = collator([text])
+    assert batch["weights"].tolist() == [1.0, 0.0] and [bool(row.get("padding")) for row in batch["rows"]] == [
+        False,
+        True,
+    ]
+    ((size,), (colours,)) = batch["image_inputs"]["sizes"], batch["image_inputs"]["colours"]
+    assert size == (28, 28) and colours == [(28 * 28, (128, 128, 128))]
+    assert batch["packed"].num_image_tokens == batch["rows"][1]["num_image_tokens"] > 0
+    assert collator([text, image])["weights"].tolist() == [1.0, 1.0], "an image is there already"
+    assert SharedPrefixCollator(processor, IMAGE_TOKEN)([text])["image_inputs"] == {}
