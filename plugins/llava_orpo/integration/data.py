@@ -6,9 +6,11 @@ import copy
 import json
 import os
 
+import numpy as np
+import pyarrow.compute as pc
 from llamafactory.extras import logging
 
-from ..data import rlaif_v
+from ..data import columns, rlaif_v
 from ..data.pairs import PairProcessor
 from ..data.template import ExactTemplate
 from .run import current
@@ -113,12 +115,15 @@ def tokenize(original):
 
 def drop_skipped(tokenized):
     """(the good pairs, entries of skipped_rows.jsonl for the others) of a dataset that `PairProcessor` made."""
-    reasons, ids, names = tokenized["skip"], tokenized["pair_id"], tokenized["dataset"]
+    reasons = columns.array(tokenized, "skip")
+    bad = pc.not_equal(reasons, "").to_numpy()
+    if not bad.any():
+        return tokenized.remove_columns("skip"), []
+    left_out = tokenized.select(np.flatnonzero(bad))
     skipped = [
         {"stage": "tokenizing", "dataset": name, "pair_id": pair_id, "reason": reason}
-        for name, pair_id, reason in zip(names, ids, reasons, strict=True)
-        if reason
+        for name, pair_id, reason in zip(
+            *(columns.values(left_out, key) for key in ("dataset", "pair_id", "skip")), strict=True
+        )
     ]
-    if skipped:
-        tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
-    return tokenized.remove_columns("skip"), skipped
+    return tokenized.select(np.flatnonzero(~bad)).remove_columns("skip"), skipped

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..arguments import PluginArguments
 from ..checkpoint import resume
+from ..data import columns
 from ..data.images import content_hash
 from ..data.skipped import write_skipped
 from ..errors import UserError
@@ -65,7 +66,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _announce_groups(self) -> None:
         if self.train_dataset is None:
             return
-        hashes = self.train_dataset["image_hash"]
+        hashes = columns.values(self.train_dataset, "image_hash")
         runs = image_runs(hashes, range(len(hashes)), self.plugin.max_pairs_per_image)
         size = self.args.per_device_train_batch_size
         if size < 2:
