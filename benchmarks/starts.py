@@ -9,8 +9,11 @@ The model is the random `tiny` one: loading a 7B comes on top as well. The secon
 
 LLaMA-Factory's side is its alpaca format with `<image>` before each question, without workers, as in data_side.py.
 Where it does not reach the first step within `--limit` seconds it is stopped, and its time is extrapolated from the
-rows that it had tokenized; the result says so. Longest silence: the longest time without a character of output, imports not
-counted. Peak memory includes pages of the memory-mapped dataset (`peak_bytes`) or not (`peak_own_bytes`).
+rows that it had tokenized; the result says so.
+
+Longest silence: the longest time without a character of output, imports not counted. `cpu_seconds`: what the main
+process computed for, which other programs on the machine change little. Peak memory: with the pages of memory-mapped
+files (`peak_bytes`) and without (`peak_own_bytes`).
 
 Writes results/starts_<rows>.json.
 """
@@ -27,6 +30,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +62,8 @@ def png(number: int, width: int = 24, height: int = 18) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def write_rows(folder: Path, count: int) -> None:
-    """Writes the rows for both sides, one file of 20,000 at a time, and a dataset_info.json that registers them."""
+def write_rows(folder: Path, count: int, sides: Sequence[str] = SIDES) -> None:
+    """Writes the rows of each side, one file of 20,000 at a time, and a dataset_info.json that registers them."""
     rng = np.random.default_rng(0)
     words = np.asarray(setting.photo_pairs.WORDS)
 
@@ -84,8 +88,9 @@ def write_rows(folder: Path, count: int) -> None:
             "image_path": [""] * len(numbers),
             "image": [{"bytes": png(n // 2), "path": f"{n // 2}.png"} for n in numbers],
         }
-        for side, mark in (("ours", ""), ("stock", "<image>\n")):
+        for side in sides:
             (folder / side).mkdir(exist_ok=True)
+            mark = "<image>\n" if side == "stock" else ""
             marked = {**table, "question": [mark + question for question in table["question"]]}
             file = folder / side / f"{start // PER_FILE:04d}.parquet"
             pq.write_table(pa.table(marked, schema=schema), file, row_group_size=1000)
@@ -127,6 +132,7 @@ def one_start(side: str, geometry: str, folder: Path, limit: float) -> None:
                 say(event="first step", seconds=time.time() - started, cpu_seconds=time.process_time(), **memory)
 
     keys = setting.recipe(geometry, folder, max_steps=1, save_strategy="no", per_device_train_batch_size=4)
+    keys.update(output_dir=str(folder / f"out-{side}"), overwrite_output_dir=True)
     if side == "stock":
         keys = setting.without_plugin(keys)
         tokenize, done = PairwiseDatasetProcessor.preprocess_dataset, {"rows": 0, "since": 0.0}
@@ -151,13 +157,14 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Runs a start; {event: its facts}, with the longest silence between the imports and the first step."""
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     events: dict[str, dict[str, Any]] = {}
-    silence, last, pending = 0.0, None, b""
+    silence, after, last, written, pending = 0.0, "", None, b"", b""
     while piece := os.read(process.stdout.fileno(), 65536):
         now = time.monotonic()
-        if last is not None and "first step" not in events:
-            silence = max(silence, now - last)
+        if last is not None and "first step" not in events and now - last > silence:
+            silence, after = now - last, written.decode(errors="replace").strip()[-100:]
         last = now if "imported" in events else None
-        *lines, pending = (pending + piece).split(b"\n")
+        written = pending + piece
+        *lines, pending = written.split(b"\n")
         for line in lines:
             if line.startswith(NOTE.encode()):
                 facts = json.loads(line[len(NOTE) :])
@@ -165,12 +172,12 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         pending = pending[-100_000:]
     if process.wait() or not events.keys() & {"first step", "stopped"}:
         raise SystemExit(f"a start failed: {' '.join(command)}\n{pending.decode(errors='replace')}")
-    return {**events, "longest_silence_seconds": silence}
+    return {**events, "silence": {"longest_silence_seconds": silence, "after_the_words": after}}
 
 
 def result_of(rows: int, events: dict[str, Any]) -> dict[str, Any]:
     """The facts of one start; what was extrapolated is marked."""
-    out = {"longest_silence_seconds": events["longest_silence_seconds"], "extrapolated": "stopped" in events}
+    out = {**events["silence"], "extrapolated": "stopped" in events}
     out["imports_seconds"] = events["imported"]["seconds"]
     if "first step" in events:
         facts = events["first step"]
@@ -197,6 +204,7 @@ def show(result: dict) -> str:
     picked = {
         "of it imports, s": ("imports_seconds", 1.0),
         "longest silence, s": ("longest_silence_seconds", 1.0),
+        "CPU time, s": ("cpu_seconds", 1.0),
         "peak memory, GB": ("peak_bytes", 1e-9),
         "without mapped files, GB": ("peak_own_bytes", 1e-9),
     }
@@ -225,7 +233,7 @@ def main() -> None:
     setting.model_folder(geometry)
     sides: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        write_rows(Path(name), args.rows)
+        write_rows(Path(name), args.rows, args.sides)
         for side in args.sides:
             environment = {**os.environ, "HF_DATASETS_CACHE": f"{name}/cache-{side}"}
             command = [sys.executable, __file__, "--side", side, "--folder", name, "--limit", str(args.limit)]
