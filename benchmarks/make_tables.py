@@ -19,6 +19,7 @@ import measure
 import orpo_step
 import peers
 import setting
+import starts
 
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
@@ -138,6 +139,7 @@ def page(folder: Path) -> str:
     sections = {
         "## Evaluation": ("eval_*.json", eval_speed.show),
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
+        "## From start to first step": ("starts_*.json", starts.show),
         "## Whole runs against other toolkits": ("peers_*.json", peers.show),
         "## The real 7B on GPUs: computed, not run": ("extrapolation.json", extrapolate.show),
     }

@@ -16,6 +16,7 @@ import orpo_step
 import peers
 import pytest
 import setting
+import starts
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +69,15 @@ def test_data_side(smoke):
     for side in result["sides"].values():
         assert side["rows"] == result["rows"] == 8
         assert min(side[k] for k in ("rows_per_second", "collate_milliseconds_per_pair", "cache_bytes")) > 0
+
+
+@pytest.mark.heavy
+def test_starts(smoke):
+    result = smoke("starts.py", "starts")
+    has(result, "rows", "sides")
+    for side in result["sides"].values():
+        for start in (side["first"], side["second"]):
+            assert not start["extrapolated"] and start["imports_seconds"] < start["first_step_seconds"]
 
 
 @pytest.mark.heavy
@@ -182,6 +192,25 @@ def test_ratios():
         for name, s, b in (("swift", 6.0, 30), ("stock", 8.0, 20), ("ours", 2.0, 10))
     }
     assert peers.ratios(runs) == {"swift_speed": 3.0, "swift_memory": 3.0, "stock_speed": 4.0, "stock_memory": 2.0}
+
+
+def test_a_stopped_start_is_extrapolated_and_says_so():
+    silence = {"longest_silence_seconds": 1.0, "after_the_words": "x"}
+    events = {"imported": {"seconds": 5.0}, "silence": silence}
+    stopped = {"before_tokenizing": 100.0, "tokenizing": 50.0, "rows": 1_000}
+    found = starts.result_of(4_000, {**events, "stopped": stopped})
+    assert found["first_step_seconds"] == 100 + 4 * 50 and found["extrapolated"] and found["rows_tokenized"] == 1_000
+    memory = {"peak_bytes": 2e9, "peak_own_bytes": 1e9}
+    reached = {**events, "first step": {"seconds": 30.0, "cpu_seconds": 20.0, **memory}}
+    whole = starts.result_of(4_000, reached)
+    assert whole["first_step_seconds"] == 30 and not whole["extrapolated"] and whole["cpu_seconds"] == 20
+    table = starts.show(
+        {"rows": 4_000, "sides": {"ours": {"first": whole, "second": whole}, "stock": {"first": found}}}
+    )
+    assert "300 (extrapolated from 1,000 rows)" in table and "4,000 pairs" in table and "None" not in table
+    late = {"seconds": 1.0, "cpu_seconds": 1e6, **memory}  # no machine computes so much in a second
+    with pytest.raises(ValueError, match="the clock started late"):
+        starts.result_of(4_000, {**events, "first step": late})
 
 
 def test_gradient_difference():

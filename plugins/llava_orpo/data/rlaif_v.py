@@ -1,23 +1,46 @@
 """RLAIF-V as a multimodal pairwise dataset: index of images, filter, held-out split, conversion.
 
+Every pass over all rows is a batched `datasets.map`: it shows a progress bar, is cached by its inputs, and holds one
+batch of rows in memory. What depends on the recipe's part and limits is arithmetic on whole columns.
+
 `align` takes the place of LLaMA-Factory's `align_dataset` for entries with `formatting: rlaif_v`
 (0.9.5: llamafactory/data/converter.py). It never copies an image: see `image_store`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
+from datasets.utils import tqdm
 from llamafactory.data.converter import DatasetConverter
 
 from ..arguments import PluginArguments
 from ..errors import UserError
-from . import image_store, images, media, rows
+from . import columns, image_store, images, media, rows
 
-INDEX_VERSION = 2  # part of the cache key: raise it when `index_images` gives other columns or values
+# parts of the cache keys: raise one when its function gives other columns or values
+INDEX_VERSION = 2  # index_images
+TEXTS_VERSION = 1  # check_texts
+FILTER_VERSION = 1  # match_rows
+CONVERTED = (
+    "question",
+    "chosen",
+    "rejected",
+    "text",
+    "idx",
+    rows.UNREADABLE,
+    "origin_dataset",
+    "ds_name",
+    "origin_split",
+)
+CHECKED = CONVERTED[:6]  # what a row's texts and its pair id are made of
 
 
 @dataclass
@@ -117,7 +140,7 @@ def build_index(dataset: Dataset, column: str, media_dirs: list[str], verify: st
                 with_indices=True,
                 remove_columns=part.column_names,
                 fn_kwargs=dict(settings, file=file),
-                num_proc=num_proc if num_proc and len(part) > 4096 else None,
+                num_proc=_processes(num_proc, len(part)),
                 desc="Reading image headers",
             )
         )
@@ -173,58 +196,170 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
         blank = {"_ref": [""], "_hash": [""], "_width": [0], "_height": [0], "_problem": ["no image"]}
         index = Dataset.from_dict({key: value * len(dataset) for key, value in blank.items()})
 
-    kept = _choose(texts, index, request)
-    aligned = concatenate_datasets([texts.select(kept), index.select(kept)], axis=1)
-    aligned = aligned.add_column("_row", np.asarray(kept, dtype=np.int64))
-    converter = RlaifVConverter(dataset_attr, data_args, request.name)
-    return aligned.map(converter, remove_columns=aligned.column_names, desc=f"Converting {request.name}")
+    checks = _map_columns(
+        texts, CHECKED, check_texts, f"Checking the texts of {request.name}", num_proc, version=TEXTS_VERSION
+    )
+    kept = _choose(texts, index, checks, request, num_proc)
+    known = [c for c in CONVERTED if c in texts.column_names]
+    joined = concatenate_datasets([texts.select_columns(known), index, checks], axis=1)
+    return joined.select(range(len(joined)) if len(kept) == len(joined) else kept).map(
+        RlaifVConverter(dataset_attr, data_args, request.name),
+        batched=True,
+        remove_columns=joined.column_names,
+        num_proc=_processes(num_proc, len(kept)),
+        desc=f"Converting {request.name}",
+    )
 
 
-def _choose(texts: Dataset, index: Dataset, request: DatasetRequest) -> list[int]:
-    """The numbers of the rows that remain after filter, part, bad rows and sample limits, in order."""
-    table = texts.to_list()
-    kept = list(range(len(table)))
+def check_texts(batch, indices, *, version):
+    """Number and pair id of every row, and why its texts can't be used (empty if they can). For `_map_columns`."""
+    out = {"_row": [], "_pair_id": [], "_bad_text": []}
+    for row, number in zip(_rows_of(batch), indices, strict=True):
+        try:
+            rows.preference_texts(row)
+            reason = ""
+        except rows.RowError as err:
+            reason = str(err)
+        out["_row"].append(number)
+        out["_pair_id"].append(rows.pair_id_of(row, number))
+        out["_bad_text"].append(reason)
+    return out
+
+
+def match_rows(batch, indices, *, conditions, version):
+    """Whether every row meets all conditions of a filter. For `_map_columns`."""
+    wanted = rows.wanted_values(conditions)
+    met = np.ones(len(indices), dtype=bool)
+    for path, accepted in wanted.items():
+        column = path.split(".")[0]
+        known: dict[str, bool] = {}  # a column such as origin_split has few values: each is parsed once per batch
+        for position, value in enumerate(batch[column]):
+            found = known.get(value) if isinstance(value, str) else None
+            if found is None:
+                found = any(rows.normal(leaf) in accepted for leaf in rows.values_at({column: value}, path))
+                if isinstance(value, str):
+                    known[value] = found
+            met[position] &= found
+    return {"_match": met}
+
+
+def _rows_of(batch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of columns, one dict at a time."""
+    names = list(batch)
+    for values in zip(*(batch[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _processes(num_proc: int | None, count: int) -> int | None:
+    """The recipe's `preprocessing_num_workers`, where there are rows enough to be worth starting processes."""
+    return num_proc if num_proc and count > 4096 else None
+
+
+def _map_columns(texts: Dataset, names, function, desc: str, num_proc: int | None, **settings) -> Dataset:
+    """What a batched function gives for every row, from no more columns than `names` (of those that exist)."""
+    read = texts.select_columns([name for name in texts.column_names if name in names] or texts.column_names)
+    return read.map(
+        function,
+        batched=True,
+        with_indices=True,
+        remove_columns=read.column_names,
+        fn_kwargs=settings,
+        num_proc=_processes(num_proc, len(read)),
+        desc=desc,
+    )
+
+
+def _choose(
+    texts: Dataset, index: Dataset, checks: Dataset, request: DatasetRequest, num_proc: int | None
+) -> np.ndarray:
+    """The numbers (int64) of the rows that remain after filter, part, bad rows and sample limits, in order.
+
+    Of whole columns only the index's hashes and problems and the reasons of `check_texts` are read: some 100 bytes per
+    row while this runs, 8 afterwards.
+    """
+    kept = np.arange(len(texts))
     for conditions in (request.entry_filter, request.arguments.dataset_filter):
         if conditions:
-            matched = rows.filter_rows((table[row] for row in kept), conditions, request.name)
-            kept = [kept[position] for position in matched]
+            kept = _filtered(texts, kept, conditions, request.name, num_proc)
 
-    hashes, problems = index["_hash"], index["_problem"]
     if request.part is not None:
         fraction = request.arguments.heldout_fraction
-        wanted = request.part == "heldout"
-        kept = [row for row in kept if not hashes[row] or rows.is_heldout(hashes[row], fraction) == wanted]
-        if not kept:
+        kept = kept[_in_part(columns.array(index, "_hash"), request.part == "heldout", fraction)[kept]]
+        if not len(kept):
             raise UserError(
                 f"{request.name}: no image falls into the {request.part} part at heldout_fraction: {fraction}. "
                 "Raise heldout_fraction, or use more images."
             )
 
     request.considered = len(kept)
-    good = []
-    for row in kept:
-        try:
-            rows.preference_texts(table[row])
-            if problems[row] and not (problems[row] == "no image" and request.arguments.allow_text_only):
-                raise rows.RowError(problems[row])
-            good.append(row)
-        except rows.RowError as err:
-            pair_id = rows.pair_id_of(table[row], row)
-            request.skipped.append({"dataset": request.name, "row": row, "pair_id": pair_id, "reason": str(err)})
-    if not good:
+    bad_text, problem = columns.array(checks, "_bad_text"), columns.array(index, "_problem")
+    bad_image = _differs(problem, "")
+    if request.arguments.allow_text_only:
+        bad_image &= _differs(problem, "no image")
+    bad = (_differs(bad_text, "") | bad_image)[kept]
+    left_out = pa.array(kept[bad])
+    for row, pair_id, text, image in zip(
+        left_out.to_pylist(),
+        columns.array(checks, "_pair_id").take(left_out).to_pylist(),
+        bad_text.take(left_out).to_pylist(),
+        problem.take(left_out).to_pylist(),
+        strict=True,
+    ):
+        request.skipped.append({"dataset": request.name, "row": row, "pair_id": pair_id, "reason": text or image})
+    good = kept[~bad]
+    if not len(good):
         reasons = sorted({entry["reason"] for entry in request.skipped})[:5]
         raise UserError(f"{request.name}: every row is unusable. Reasons: {'; '.join(reasons)}")
 
     if request.num_samples is not None:  # LLaMA-Factory's meaning: a random sample, repeated if it must be
         generator = np.random.default_rng(0)
         extra = generator.choice(good, max(0, request.num_samples - len(good)))
-        good = sorted([*generator.permutation(good)[: request.num_samples].tolist(), *extra.tolist()])
+        good = np.sort(np.concatenate([generator.permutation(good)[: request.num_samples], extra]))
     return good[: request.max_samples]
+
+
+def _filtered(texts: Dataset, kept: np.ndarray, conditions, name: str, num_proc: int | None) -> np.ndarray:
+    """Those of the rows `kept` that meet every condition. Raises UserError as `rows.filter_rows` does."""
+    named = {path.split(".")[0] for path in rows.flatten_filter(conditions)}
+    known = named <= set(texts.column_names)
+    if known and len(texts):
+        desc = f"Filtering {name}"
+        matches = _map_columns(texts, named, match_rows, desc, num_proc, conditions=conditions, version=FILTER_VERSION)
+        met = kept[columns.array(matches, "_match").to_numpy()[kept]]
+        if len(met):
+            return met
+        texts = texts.select_columns(sorted(named))
+    # nothing matches: this says what there is; for a column that does not exist, one row shows which do
+    return kept[rows.filter_rows(_rows_at(texts, kept if known else kept[:1]), conditions, name)]
+
+
+def _rows_at(texts: Dataset, kept: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The rows of these numbers one at a time, read in batches."""
+    for start in tqdm(range(0, len(kept), 1000), desc="Counting the values present"):
+        yield from texts.select(kept[start : start + 1000]).to_list()
+
+
+def _differs(array: pa.ChunkedArray, value: str) -> np.ndarray:
+    return pc.not_equal(array, value).to_numpy()
+
+
+def _in_part(hashes: pa.ChunkedArray, heldout: bool, fraction: float) -> np.ndarray:
+    """(n,) bool: the row belongs to the part. A row without a hash (a bad image) belongs to both.
+
+    The same answer as `rows.is_heldout`, for all rows at once.
+    """
+    hashed = _differs(hashes, "")
+    digits = "".join(pc.filter(hashes, pa.array(hashed)).to_pylist())
+    numbers = np.frombuffer(bytes.fromhex(digits), dtype=">u8")
+    limit = math.ceil(fraction * 16**16)  # a whole number is below a float just if it is below its ceiling
+    inside = np.ones(len(hashed), dtype=bool)
+    inside[hashed] = (numbers < np.uint64(limit)) == heldout
+    return inside
 
 
 @dataclass
 class RlaifVConverter(DatasetConverter):
-    """Converts one row with its image index to LLaMA-Factory's standard format.
+    """Converts a batch of rows, each with its image index and pair id, to LLaMA-Factory's standard format.
 
     `_prompt` holds the bare question: the template puts the image before it, so an `<image>` that a question
     or answer contains is text. `_images` holds a reference (see `image_store`). `_identity` carries the pair's
@@ -233,7 +368,11 @@ class RlaifVConverter(DatasetConverter):
 
     name: str = "rlaif_v"
 
-    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        converted = [self._convert(row) for row in _rows_of(batch)]
+        return {key: [row[key] for row in converted] for key in converted[0]}
+
+    def _convert(self, example: dict[str, Any]) -> dict[str, Any]:
         question, chosen, rejected = rows.preference_texts(example)
         return {
             "_prompt": [{"role": "user", "content": question}],
@@ -244,7 +383,7 @@ class RlaifVConverter(DatasetConverter):
             "_videos": None,
             "_audios": None,
             "_identity": {
-                "pair_id": rows.pair_id_of(example, example["_row"]),
+                "pair_id": example["_pair_id"],
                 "row": example["_row"],
                 "dataset": self.name,
                 "source": rows.source_of(example),

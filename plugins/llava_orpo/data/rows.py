@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors import UserError
 
 UNREADABLE = "_unreadable"  # column of the reason why a row of a file cannot be read at all (see `json_rows`)
 QUESTION_TYPES = ("detailed description", "question answering")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -70,7 +72,7 @@ def preference_texts(row: Mapping[str, Any]) -> tuple[str, str, str]:
             raise RowError(f"`{field}` is not text but {type(value).__name__}")
         if field != "question" and not value.strip():
             raise RowError(f"`{field}` is empty")
-        if any("\ud800" <= ch <= "\udfff" for ch in value):
+        if SURROGATE.search(value):
             raise RowError(f"`{field}` holds half a character (a lone surrogate)")
         texts.append(value)
     if texts[1] == texts[2]:
@@ -124,13 +126,18 @@ def values_at(row: Mapping[str, Any], path: str) -> list[str]:
     return leaves(value) + ([str(row[column])] if not fields and isinstance(value, (Mapping, list)) else [])
 
 
+def wanted_values(conditions: Mapping[str, Any]) -> dict[str, set[str]]:
+    """{path: the values that meet a filter's condition on it, in their `normal` form}."""
+    return {path: {normal(v) for v in values} for path, values in flatten_filter(conditions).items()}
+
+
 def filter_rows(rows: Iterable[Mapping[str, Any]], conditions: Mapping[str, Any], dataset: str) -> list[int]:
     """Indices of the rows that meet every condition.
 
     Raises UserError when a column does not exist or when nothing matches; the message lists the values
     present with their counts.
     """
-    wanted = {path: {normal(v) for v in values} for path, values in flatten_filter(conditions).items()}
+    wanted = wanted_values(conditions)
     present: dict[str, Counter] = {path: Counter() for path in wanted}
     kept, columns = [], set()
     for index, row in enumerate(rows):

@@ -6,12 +6,14 @@ import copy
 import json
 import os
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from llamafactory.data import loader
 from llamafactory.extras import logging
 from pyarrow import ArrowInvalid
 
-from ..data import json_rows, rlaif_v
+from ..data import columns, json_rows, rlaif_v
 from ..data.other_formats import leave_out_strange_paths
 from ..data.pairs import PairProcessor
 from ..data.skipped import stop_at_bad_row
@@ -135,14 +137,15 @@ def tokenize(original):
 
 def drop_skipped(tokenized):
     """(the good pairs, entries of skipped_rows.jsonl for the others) of a dataset that `PairProcessor` made."""
-    reasons = tokenized["skip"]
-    bad = [i for i, reason in enumerate(reasons) if reason]
-    skipped = []
-    if bad:
-        named = tokenized.select_columns(["dataset", "row", "pair_id"])
-        skipped = [{**named[i], "reason": reasons[i]} for i in bad]
-        tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason])
-    return tokenized.remove_columns("skip"), skipped
+    reasons = columns.array(tokenized, "skip")
+    bad = pc.not_equal(reasons, "").to_numpy()
+    if not bad.any():
+        return tokenized.remove_columns("skip"), []
+    left_out = tokenized.select(np.flatnonzero(bad))
+    named = {key: columns.values(left_out, key) for key in ("dataset", "row", "pair_id")}
+    named["reason"] = columns.values(left_out, "skip")
+    skipped = [dict(zip(named, entry, strict=True)) for entry in zip(*named.values(), strict=True)]
+    return tokenized.select(np.flatnonzero(~bad)).remove_columns("skip"), skipped
 
 
 def note(skipped, stage: str) -> None:

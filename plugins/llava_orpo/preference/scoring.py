@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import images
+from ..data import columns, images
 from ..errors import UserError
 from ..step.batches import fill_batches, image_runs
 from .records import ScoredPair
@@ -56,7 +56,7 @@ class ConditionedRows(Dataset):
 
     def __init__(self, rows, positions: Sequence[int], condition: str = "true"):
         self.rows, self.positions, self.condition = rows, list(positions), condition
-        self.hashes = rows["image_hash"] if condition == "other" else []
+        self.hashes = columns.values(rows, "image_hash") if condition == "other" else []
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -80,9 +80,10 @@ class ConditionedRows(Dataset):
 
 def unique_ids(rows) -> list[str]:
     """pair_id of every row, made unique within its dataset (`#2`, `#3`, … for repeats; the position if empty)."""
+    named = [columns.values(rows, key) for key in ("dataset", "pair_id")]
     seen: dict[tuple[str, str], int] = {}
     ids = []
-    for position, (name, pair_id) in enumerate(zip(rows["dataset"], rows["pair_id"], strict=True)):
+    for position, (name, pair_id) in enumerate(zip(*named, strict=True)):
         pair_id = pair_id or f"row-{position}"
         count = seen[name, pair_id] = seen.get((name, pair_id), 0) + 1
         ids.append(pair_id if count == 1 else f"{pair_id}#{count}")
@@ -96,7 +97,8 @@ def in_groups(rows, positions: Sequence[int], batch_size: int, condition: str, a
     """
     if not arguments.group_pairs_by_image or condition == "other":
         return list(positions)
-    return fill_batches(image_runs(rows["image_hash"], positions, arguments.max_pairs_per_image), batch_size)
+    hashes = columns.values(rows, "image_hash")
+    return fill_batches(image_runs(hashes, positions, arguments.max_pairs_per_image), batch_size)
 
 
 def shard(positions: Sequence[int], rank: int, world_size: int, batch_size: int = 1) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import image_store, images
+from ..data import columns, image_store, images
 from ..errors import UserError
 from ..files import write_jsonl
 from . import metrics
@@ -64,7 +64,7 @@ def pairs_of(rows: Sequence[ScoredRow]) -> list[ScoredPair]:
 
 def dataset_names(rows) -> str:
     """The names of the datasets that make up an evaluation set, joined by commas."""
-    return ",".join(sorted(set(rows["dataset"])))
+    return ",".join(sorted(set(columns.values(rows, "dataset"))))
 
 
 def write_evaluation(

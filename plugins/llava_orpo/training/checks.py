@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 from llamafactory.extras import logging
 from llamafactory.extras.misc import calculate_tps
 
 from ..checkpoint.published import check_folder
+from ..data import columns
 from ..data.conversation import CONVERSATIONS
 from ..errors import UserError
 from ..step.attention import unwrap
@@ -124,7 +127,7 @@ def refuse_unusable_rows(rows: dict, run, training_args) -> None:
         raise UserError(f"Every row was skipped; the reasons are in {training_args.output_dir}/skipped_rows.jsonl.")
     if run.arguments.allow_text_only and training_args.world_size > 1 and not run.shared_prefix:
         for part in rows.values():
-            if "image" in (getattr(part, "column_names", None) or []) and None in part["image"]:
+            if "image" in (getattr(part, "column_names", None) or []) and columns.array(part, "image").null_count:
                 raise UserError(
                     "LLaMA-Factory's own step can't train text-only pairs on several processes: a rank whose batch "
                     "has no image would leave the others waiting for the projector's gradients. Leave "
@@ -136,11 +139,15 @@ def tokens_per_second(rows, metrics: dict[str, float]) -> float:
     """LLaMA-Factory's effective_tokens_per_sec: the tokens of prompt + chosen and prompt + rejected per second."""
     if "chosen_input_ids" in rows.column_names:
         return calculate_tps(rows, metrics, stage="rm")
-    columns = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens"])
-    return calculate_tps(map(_two_sequences, columns), metrics, stage="rm")
-
-
-def _two_sequences(row) -> dict[str, range]:
-    """As many tokens as the stock columns of this pair would hold."""
-    prompt = len(row["prompt_ids"]) + max(row["num_image_tokens"] - 1, 0)
-    return {f"{side}_input_ids": range(prompt + len(row[f"{side}_ids"])) for side in ("chosen", "rejected")}
+    lengths = {
+        name: pc.list_value_length(columns.array(rows, name)).to_numpy()
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    }
+    placeholders = columns.array(rows, "num_image_tokens").to_numpy()
+    prompts = lengths["prompt_ids"] + np.maximum(placeholders - 1, 0)
+    pairs = zip(prompts + lengths["chosen_ids"], prompts + lengths["rejected_ids"], strict=True)
+    return calculate_tps(
+        ({"chosen_input_ids": range(chosen), "rejected_input_ids": range(rejected)} for chosen, rejected in pairs),
+        metrics,
+        stage="rm",
+    )

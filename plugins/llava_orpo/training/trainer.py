@@ -20,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..arguments import PluginArguments
 from ..checkpoint import resume
+from ..data import columns
 from ..data.images import content_hash
 from ..data.skipped import TRAINING, stop_at_bad_row, write_skipped
 from ..errors import UserError
@@ -70,7 +71,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _announce_groups(self) -> None:
         if self.train_dataset is None:
             return
-        hashes = self.train_dataset["image_hash"]
+        hashes = columns.values(self.train_dataset, "image_hash")
         runs = image_runs(hashes, range(len(hashes)), self.plugin.max_pairs_per_image)
         size = self.args.per_device_train_batch_size
         if size < 2:
@@ -103,7 +104,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             processes=world,
             shuffle=not self.finetuning_args.disable_shuffling and self.args.train_sampling_strategy == "random",
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            image_hashes=self.train_dataset["image_hash"] if grouped else None,
+            image_hashes=columns.values(self.train_dataset, "image_hash") if grouped else None,
             max_pairs=self.plugin.max_pairs_per_image,
             epoch_now=lambda: self.state.global_step // order.steps,
             pad=not self.args.dataloader_drop_last,
