@@ -24,6 +24,7 @@ If a GPU does not hold the recipe, the keys that would change this are named.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llava_orpo.errors import UsageError
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("utilization must be more than 0 and at most 1.")
     if min(own["gpus"], own["pairs_per_image"]) < 1 or own["sample"] < 0:
         raise UsageError("gpus and pairs_per_image must be 1 or more, sample 0 or more.")
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")  # read when LLaMA-Factory is imported
     from llava_orpo.plan.gpus import named
 
     gpus = named(own["gpu"])

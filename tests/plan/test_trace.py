@@ -83,7 +83,7 @@ def test_plan_against_a_real_step(tmp_path, name):
     step()  # the gradients of an earlier micro-batch are there
     real = allocated(step)
     flops = measure.count_flops(step)["total"]
-    setting = Setting.of(recipe(tmp_path, keys), target="cpu")
+    setting = Setting.of(recipe(tmp_path, keys), "cpu", trainer.model.config)
     planned = trace(trainer.model.config, setting, sizes_of(trainer, rows))
     print(f"{name}: memory {(planned.peak - planned.start) / real:.4f}, FLOPs {planned.flops / flops:.5f}", real)
     assert planned.peak - planned.start == pytest.approx(real, rel=0.1)

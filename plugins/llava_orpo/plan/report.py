@@ -93,7 +93,7 @@ def plan(
     try_remedies: bool = True,
 ) -> dict[str, Any]:
     """The whole result for one recipe, ready for JSON. sources: where config and data sizes come from."""
-    setting = Setting.of(recipe, target)
+    setting = Setting.of(recipe, target, config)
     typical, longest, figures = batches_of(data, recipe, config)
     usual = trace(config, setting, typical)
     worst = usual if typical == longest else trace(config, setting, longest)
@@ -156,7 +156,7 @@ def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu],
             if not data.assumed:
                 break  # the data has to be read again with the new tiles
             data = assumed(config, len(data.sizes))
-        peak = trace(config, Setting.of(tried, target), batches_of(data, tried, config)[1]).peak + RESERVE
+        peak = trace(config, Setting.of(tried, target, config), batches_of(data, tried, config)[1]).peak + RESERVE
         for gpu in gpus:
             if out[gpu.name] is None and peak <= gpu.memory:
                 out[gpu.name] = {"keys": dict(changed), "peak_bytes": peak}
@@ -258,7 +258,7 @@ def variants(recipe: Mapping[str, Any], config, source: str, gpus: Sequence[Gpu]
     for name, (changes, per_image) in VARIANTS.items():
         keys = {**recipe, **changes}
         typical, longest, _ = batches_of(assumed(config, per_image), keys, config)
-        setting = Setting.of(keys, target)
+        setting = Setting.of(keys, target, config)
         out[name] = {"photo": vars(trace(config, setting, typical))}
         if changes.get("shared_prefix", True) and not changes.get("disable_gradient_checkpointing"):
             out[name]["longest"] = vars(trace(config, setting, longest))
@@ -339,8 +339,8 @@ def scaling_page(result: Mapping[str, Any]) -> str:
             "For your own recipe, data and GPU: `python scripts/plan.py recipe.yaml gpu=rtx4090`.",
             "",
             "For `recipes/llava16_orpo_qlora.yaml`: NF4 with double quantization, LoRA rank 64 on the language model",
-            "and the projector, bf16, gradient checkpointing unless said. An image takes up to 2,928 tokens. GB are 10^9",
-            "bytes.",
+            "and the projector, bf16, gradient checkpointing unless said. An image takes up to 2,928 tokens.",
+            "GB are 10^9 bytes.",
             "",
             table(rows, ["setting", "tokens", "outlives a step, GB", "step, GB", "sum, GB", "with reserve, GB"]),
             "",

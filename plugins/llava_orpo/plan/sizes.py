@@ -109,7 +109,12 @@ def largest(size: PairSize, config) -> PairSize:
 
 def read(recipe: Mapping[str, Any], config, sample: int = 0) -> Data:
     """Sizes of the recipe's training pairs, tokenized as training does; needs model folder and data on this machine."""
-    rows, _ = tokenized(recipe, sample)
+    data = sizes_of(tokenized(recipe, sample)[0], recipe, config)
+    return replace(data, source=f"{data.source} (the first {sample:,})") if sample else data
+
+
+def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
+    """Sizes of tokenized rows (see `data.pairs.PairProcessor`)."""
     geometry = AnyresGeometry.from_config(config)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens", "width", "height", "image_hash")
     table = {name: rows[name] for name in columns}
@@ -123,8 +128,7 @@ def read(recipe: Mapping[str, Any], config, sample: int = 0) -> Data:
         question = len(prompt) - (1 if image else 0) - shared
         answers = len(table["chosen_ids"][i]), len(table["rejected_ids"][i])
         sizes.append(PairSize(image, tiles, width, height, shared, question, *answers))
-    source = f"{recipe['dataset']}, {len(sizes):,} pairs" + (f" (the first {sample:,})" if sample else "")
-    return Data(sizes, list(table["image_hash"]), len(sizes), source)
+    return Data(sizes, list(table["image_hash"]), len(sizes), f"{recipe['dataset']}, {len(sizes):,} pairs")
 
 
 def tokenized(recipe: Mapping[str, Any], sample: int = 0) -> tuple[Any, dict[str, Any]]:

@@ -40,7 +40,8 @@ aten = torch.ops.aten
 class Setting:
     """What a recipe says about one step.
 
-    target is "cuda" or "cpu". autocast is the dtype of mixed precision or None; weights the dtype of what is frozen.
+    target is "cuda" or "cpu". autocast is the dtype of mixed precision or None; weights the dtype of what is
+    frozen; compute the one that 4-bit weights are dequantized to.
     lora_rank None: full tuning. accumulates: gradients of earlier micro-batches are alive. reference: a second forward
     without gradients (losses with a reference model). shared: the shared-prefix step, else LLaMA-Factory's own.
     """
@@ -48,6 +49,7 @@ class Setting:
     target: str = "cuda"
     weights: torch.dtype = torch.bfloat16
     autocast: torch.dtype | None = torch.bfloat16
+    compute: torch.dtype = torch.bfloat16
     quantized: bool = True
     double_quantization: bool = True
     quantize_vision: bool = False
@@ -64,8 +66,11 @@ class Setting:
     beta: float = 0.1
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any], target: str) -> Setting:
-        """The setting of a recipe. Raises UserError for a key whose cost is not traced."""
+    def of(cls, recipe: Mapping[str, Any], target: str, config=None) -> Setting:
+        """The setting of a recipe. Raises UserError for a key whose cost is not traced.
+
+        Frozen weights have the dtype that the model's config names, as LLaMA-Factory 0.9.5 loads them ("auto").
+        """
         kind = recipe.get("finetuning_type", "lora")
         if kind not in ("lora", "full"):
             raise UserError(f"finetuning_type: {kind} is not planned; use lora or full.")
@@ -79,7 +84,8 @@ class Setting:
         targets = recipe.get("lora_target") or "all"
         return cls(
             target=target,
-            weights=half or torch.float32,
+            weights=getattr(config, "dtype", None) or half or torch.float32,
+            compute=half or torch.float32,
             autocast=None if recipe.get("pure_bf16") else half,
             quantized=bits == 4,
             double_quantization=recipe.get("double_quantization", True),
@@ -390,10 +396,12 @@ def _stock_step(model, setting: Setting, batch: dict[str, Any]) -> torch.Tensor:
     per_image = {id(group[0]): i for i, group in enumerate(batch["groups"])}
     order = [per_image[id(group[0])] for group in batch["groups"] for _ in group] * 2
     places = [[s.height, s.width] for s in sizes] * 2
-    # transformers would write a causal mask out because fake tensors look like tracing to it
-    with _precision(setting), mock.patch("transformers.masking_utils.is_tracing", lambda *args: False):
+    # On fake tensors transformers cannot see that nothing is masked, and would write the causal mask out.
+    causal = mock.patch("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *args, **kwargs: True)
+    with _precision(setting), causal:
         logits = model(
             input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             pixel_values=pixels[order],
             image_sizes=places,
             use_cache=False,
@@ -458,7 +466,7 @@ def _quantize(model, setting: Setting) -> None:
         if not isinstance(module, torch.nn.Linear) or "lm_head" in name or any(part in name for part in spared):
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _NF4Linear(module, setting.weights, setting.double_quantization))
+        setattr(model.get_submodule(parent), child, _NF4Linear(module, setting.compute, setting.double_quantization))
     import bitsandbytes  # noqa: F401  registers the operators and their fake results
 
     model.is_quantized = model.is_loaded_in_4bit = True
@@ -493,7 +501,7 @@ def _with_trainable(model, setting: Setting):
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
         old = getattr(module, child)
-        made = torch.empty(old.shape, dtype=setting.weights if setting.pure else torch.float32)
+        made = torch.empty(old.shape, dtype=setting.compute if setting.pure else torch.float32)
         setattr(module, child, torch.nn.Parameter(made))
     return model
 
