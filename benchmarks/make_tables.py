@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from benchmarks/results/*.json: run a benchmark again, then this.
+"""Writes docs/benchmarks.md and docs/scaling.md from benchmarks/results/*.json: run a benchmark again, then this.
 
     python benchmarks/make_tables.py
 
@@ -14,14 +14,16 @@ from pathlib import Path
 
 import data_side
 import eval_speed
-import extrapolate
 import measure
 import orpo_step
 import peers
 import setting
 import starts
 
+from llava_orpo.plan import report
+
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
+SCALING = setting.ROOT / "docs" / "scaling.md"
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/make_tables.py` writes this page from `benchmarks/results/*.json`. Both sides run in turn in one
@@ -141,13 +143,14 @@ def page(folder: Path) -> str:
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
         "## From start to first step": ("starts_*.json", starts.show),
         "## Whole runs against other toolkits": ("peers_*.json", peers.show),
-        "## The real 7B on GPUs: computed, not run": ("extrapolation.json", extrapolate.show),
     }
     for title, (pattern, show) in sections.items():
         found = load(folder, pattern)
         if found:
             parts.append(title + "\n")
             parts += [f"{show(result)}\n\n{source(result)}\n" for result in found]
+    for planned in load(folder, "plan_7b.json"):
+        parts += ["## The real 7B on GPUs: computed, not run\n", report.benchmark_table(planned) + "\n"]
     return "\n".join(parts)
 
 
@@ -159,6 +162,9 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(args.results))
     print(args.out)
+    for planned in load(args.results, "plan_7b.json") if args.out == PAGE else ():
+        SCALING.write_text(report.scaling_page(planned))
+        print(SCALING)
 
 
 if __name__ == "__main__":

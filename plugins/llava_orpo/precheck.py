@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ DATASET_INFO = "dataset_info.json"
 OUTPUTS = "outputs"  # the recipes write there: a name below it is a folder, although `outputs/x` could be a Hub id
 # Registry keys under which LLaMA-Factory looks for a dataset elsewhere than in dataset_dir.
 REMOTE_ENTRIES = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+LEAST_FREE = 5e7  # bytes
 TRAINING_KEYS = "TrainingArguments"  # the class whose keys `train` alone takes
 REMOTE_CODE = (
     "trust_remote_code: true is not allowed with plugins: llava_orpo, because it runs code of whoever wrote the model "
@@ -156,6 +158,15 @@ def _folder(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: there is no folder {name}."] if isinstance(name, str) and not Path(name).is_dir() else []
 
 
+def _disk(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    """A disk on which not even an adapter fits; `scripts/check.py` compares with what the recipe will write."""
+    folder = Path(str(recipe[key])).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return [f"{key}: only {free / 1e6:.0f} MB are free at {folder}; make room."] if free < LEAST_FREE else []
+
+
 def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
     if recipe[key] is not True or recipe.get("use_cpu") is True or not accelerator.only_nvidia():
         return []
@@ -197,6 +208,7 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "dataset": _datasets,
     "eval_dataset": _datasets,
     "export_dir": _export_dir,
+    "output_dir": _disk,
     "media_dir": _folder,
     "resume_from_checkpoint": _folder,
     "deepspeed": _file,

@@ -123,6 +123,7 @@ def read_command(
     required: Collection[str] = (),
     uses: Collection[str] = MODEL_AND_PAIRS,
     old: Mapping[str, str] | None = None,
+    refuse: bool = True,
 ) -> Command:
     """The command line `recipe.yaml key=value …` of a command, checked.
 
@@ -130,7 +131,8 @@ def read_command(
     have; a type in place of a default means "not given" is None. required: own keys that must be given. uses: the
     recipe keys whose files and datasets must exist. file: what the first word names; if that is another file than a
     recipe, or a folder, `recipe` is empty and only own keys are taken. old: spellings that still work, with one note on
-    stderr: {"--aligned": "aligned"}, {"--recipe": THE_FILE, A_WORD: "folder"}.
+    stderr: {"--aligned": "aligned"}, {"--recipe": THE_FILE, A_WORD: "folder"}. refuse: False leaves the recipe's own
+    problems to the caller.
 
     Raises SystemExit after the help, and UsageError with one sentence per problem for anything that is wrong.
     """
@@ -156,11 +158,11 @@ def read_command(
     recipe = as_meant(given)
     problems = [sentence for key, value in own.items() if (sentence := keys.problem(key, value, schemas[key]))]
     problems += [f"{key}= is missing (-h shows the help)." for key in required if own[key] is None]
-    if takes_recipe:
+    if takes_recipe and refuse:
         from . import precheck
 
         problems += precheck.problems(recipe, uses=uses, also_known=own_keys)
-    else:
+    elif not takes_recipe:
         problems += [keys.unknown(key, own_keys) for key in recipe]
     if problems:
         raise UsageError(*problems)

@@ -9,7 +9,6 @@ import sys
 
 import data_side
 import eval_speed
-import extrapolate
 import make_tables
 import measure
 import orpo_step
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.paths import ROOT
+from llava_orpo.plan import report
 
 
 @pytest.fixture(scope="session")
@@ -97,17 +97,6 @@ def test_peers(smoke):
     assert result["sides"].keys() == {"stock", "ours"} | ({"swift"} if has_swift else set())
     for side in result["sides"].values():
         assert side["seconds_per_step"] > 0 and side["peak_bytes"] > 1e8 and side["whole_run_seconds"] > 0
-
-
-@pytest.mark.heavy
-def test_extrapolation(smoke):
-    result = smoke("extrapolate.py", "extrapolation")
-    has(result, "assumptions", "rows", "formula_over_counter")
-    assert len(result["formula_over_counter"]) == 4
-    assert all(ratio == pytest.approx(1, abs=0.005) for ratio in result["formula_over_counter"].values())
-    assert len(result["rows"]) == 6 and all("computed" not in row for row in result["rows"])
-    text = make_tables.page(smoke.folder)
-    assert "computed, not run" in text and "MFU" not in text
 
 
 def test_flops_of_cpu_attention_are_counted():
@@ -220,17 +209,10 @@ def test_gradient_difference():
         setting.largest_difference({"a": a}, {"a": a, "b": b})
 
 
-def test_computed_numbers():
-    works = (extrapolate.Work("stock"), extrapolate.Work("ours"), extrapolate.Work("ours", 4))
-    stock, ours, grouped = (extrapolate.step_flops(extrapolate.REAL_7B, w)["total"] / w.pairs for w in works)
-    assert 1.9 < stock / ours < 2.3 and 2.5 < ours / grouped < 4  # linear layers dominate the 7B
-    with_checkpoints = extrapolate.step_flops(extrapolate.REAL_7B, extrapolate.Work("ours"), True)["total"]
-    assert 1.4 < with_checkpoints / ours < 1.55
-    kept = extrapolate.kept_bytes_per_token(tokens=32, small=True)
-    assert kept == extrapolate.kept_bytes_per_token(tokens=64, small=True)
-    parts = extrapolate.memory(extrapolate.Work("ours"), True, kept)
-    assert set(parts) == {"weights", "trainable", "activations", "logits", "reserve"}
-    assert 3.5e9 < parts["weights"] < 5.5e9
+def test_pages_are_what_the_results_give():
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == make_tables.page(measure.RESULTS)
+    (planned,) = make_tables.load(measure.RESULTS, "plan_7b.json")
+    assert (ROOT / "docs" / "scaling.md").read_text() == report.scaling_page(planned)
 
 
 def test_missed_targets_are_said():

@@ -1,0 +1,358 @@
+"""What a recipe costs: traces put together with the data's sizes and the GPUs' data sheets, as a result and as tables.
+
+Tensors and FLOPs come from `trace`. Arithmetic on its parts are only: what DDP, ZeRO and FSDP add or divide among
+ranks, the assumed reserve, and hours from FLOPs at a stated utilization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .gpus import Gpu
+from .sizes import Data, assumed, group_tokens, largest
+from .trace import PairSize, Setting, Traced, trace
+
+RESERVE = 1.5e9  # assumed: CUDA context, allocator rounding and fragmentation, temporaries inside kernels
+UTILIZATION = 0.4
+REMEDIES = (
+    {"disable_gradient_checkpointing": False},
+    {"per_device_train_batch_size": 1},
+    {"quantization_bit": 4},
+    {"anyres_max_tiles": 2},
+)
+
+
+def engines(traced: Traced, ranks: int, quantized: bool) -> dict[str, float | None]:
+    """Bytes at the peak on each of `ranks` GPUs by engine, the reserve included; None where it does not apply.
+
+    On one GPU: the trace. DDP adds its buckets, as large as the gradients. ZeRO-2 divides gradients and optimizer,
+    ZeRO-3 and FSDP the weights too, but hold one whole layer, and its prefetched successor, at a time.
+    """
+    whole = traced.peak + RESERVE
+    grown = max(0, traced.trainable - traced.gradients)  # gradients that the trace saw arise within the step
+    out: dict[str, float | None] = {"one GPU": whole, "DDP": None, "ZeRO-2": None, "ZeRO-3 / FSDP": None}
+    if ranks > 1:
+        saved = 1 - 1 / ranks
+        shared = (traced.optimizer + traced.gradients + grown) * saved
+        out["DDP"] = whole + traced.trainable
+        out["ZeRO-2"] = whole - shared
+        if not quantized:  # 4-bit weights are not divided
+            weights = (traced.frozen + traced.trainable) * saved
+            out["ZeRO-3 / FSDP"] = whole - shared - weights + 2 * traced.largest_layer
+    return out
+
+
+def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, list, dict[str, float]]:
+    """(a typical batch, the longest batch, figures of the epoch) as lists of groups of pair sizes."""
+    size = int(recipe.get("per_device_train_batch_size", 8))
+    grouped = recipe.get("group_pairs_by_image", False) and recipe.get("shared_prefix", True)
+    max_pairs = int(recipe.get("max_pairs_per_image", 4)) if grouped else None
+    if data.assumed:
+        together = min(len(data.sizes), size, max_pairs or 1)
+        typical = [[data.sizes[0]] * together] * (size // together)
+        longest = [[largest(data.sizes[0], config)] * together] * (size // together)
+        return typical, longest, {"tokens_per_pair": _tokens(typical) / size, "longest_pair": longest[0][0].tokens}
+    every = [batch for batch in data.groups(size, max_pairs)]
+    counts = [_tokens(batch) for batch in every]
+    full = [batch for batch in every if sum(map(len, batch)) == min(size, len(data.sizes))]
+    mean = sum(map(_tokens, full)) / len(full)
+    figures = {
+        "tokens_per_pair": sum(counts) / data.pairs,
+        "tokens_per_pair_not_grouped": sum(s.tokens for s in data.sizes) / data.pairs,
+        "longest_pair": max(s.tokens for s in data.sizes),
+    }
+    for pairs in (2, 4, 8):
+        batches = data.groups(max(size, pairs), pairs)
+        figures[f"tokens_per_pair_grouped_{pairs}"] = sum(map(_tokens, batches)) / data.pairs
+    return min(full, key=lambda batch: abs(_tokens(batch) - mean)), _worst(data, size, max_pairs), figures
+
+
+def _tokens(batch: Sequence[Sequence[PairSize]]) -> int:
+    return sum(map(group_tokens, batch))
+
+
+def _worst(data: Data, size: int, max_pairs: int | None) -> list[list[PairSize]]:
+    """The longest batch a shuffled epoch can draw: the longest pairs, together."""
+    longest = sorted(data.sizes, key=lambda pair: -pair.tokens)[:size]
+    if max_pairs is None or size == 1:
+        return [[pair] for pair in longest]
+    batches = data.groups(size, max_pairs)
+    return max(batches, key=_tokens)
+
+
+def plan(
+    recipe: Mapping[str, Any],
+    config,
+    sources: tuple[str, str],
+    data: Data,
+    gpus: Sequence[Gpu],
+    ranks: int = 1,
+    utilization: float = UTILIZATION,
+    target: str = "cuda",
+    try_remedies: bool = True,
+) -> dict[str, Any]:
+    """The whole result for one recipe, ready for JSON. sources: where config and data sizes come from."""
+    setting = Setting.of(recipe, target, config)
+    typical, longest, figures = batches_of(data, recipe, config)
+    usual = trace(config, setting, typical)
+    worst = usual if typical == longest else trace(config, setting, longest)
+    epochs = float(recipe.get("num_train_epochs", 3.0))
+    flops = usual.flops / usual.pairs
+    peaks = engines(worst, ranks, setting.quantized)
+    out = {
+        "label": "computed, not measured",
+        "model": sources[0],
+        "data": sources[1],
+        "pairs": data.pairs,
+        "epochs": epochs,
+        "histogram_pairs_per_image": None if data.assumed else data.pairs_per_image(),
+        **figures,
+        "batch": usual.pairs,
+        "tflop_per_pair": flops / 1e12,
+        "longest_batch_tokens": worst.tokens,
+        "bytes": {
+            "frozen weights": worst.frozen,
+            "trainable weights": worst.trainable,
+            "gradients": worst.gradients,
+            "optimizer": worst.optimizer,
+            "activations and batch": worst.activations,
+            "reserve (assumed)": RESERVE,
+        },
+        "trainable_parameters": worst.trainable_parameters,
+        "ranks": ranks,
+        "peak_bytes": peaks,
+        "utilization": utilization,
+        "disk_bytes": disk(recipe, worst),
+        "gpus": {},
+        "remedies": {},
+    }
+    needed = peaks["DDP"] or peaks["one GPU"]
+    for gpu in gpus:
+        hours = flops * data.pairs * epochs / (gpu.rate * utilization) / 3600 / ranks
+        fits = {name: None if peak is None else peak <= gpu.memory for name, peak in peaks.items()}
+        out["gpus"][gpu.name] = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source, "hours": hours, **fits}
+    if target == "cuda" and try_remedies and any(needed > gpu.memory for gpu in gpus):
+        out["remedies"] = remedies(recipe, config, data, gpus, target)
+    return out
+
+
+def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu], target: str) -> dict[str, Any]:
+    """{GPU: {"keys": keys to change, "peak_bytes": …} or None}, the changes taken in turn until the recipe fits."""
+    changed: dict[str, Any] = {}
+    out: dict[str, Any] = {gpu.name: None for gpu in gpus}
+    for step in REMEDIES:
+        (key, value) = next(iter(step.items()))
+        if recipe.get(key, {"quantization_bit": None, "anyres_max_tiles": None}.get(key)) == value:
+            continue
+        changed |= step
+        tried = {**recipe, **changed}
+        if key == "anyres_max_tiles":
+            from ..data.anyres import AnyresGeometry
+
+            config = type(config).from_dict(config.to_dict())
+            limited = AnyresGeometry.from_config(config).limited(value)
+            config.image_grid_pinpoints = [list(point) for point in limited.grid_pinpoints]
+            if not data.assumed:
+                break  # the data has to be read again with the new tiles
+            data = assumed(config, len(data.sizes))
+        peak = trace(config, Setting.of(tried, target, config), batches_of(data, tried, config)[1]).peak + RESERVE
+        for gpu in gpus:
+            if out[gpu.name] is None and peak <= gpu.memory:
+                out[gpu.name] = {"keys": dict(changed), "peak_bytes": peak}
+        if all(out.values()):
+            break
+    return out
+
+
+def disk(recipe: Mapping[str, Any], traced: Traced) -> dict[str, float]:
+    """Bytes that a training writes: checkpoints (weights and two moments of what is trained) and the result."""
+    kept = int(recipe.get("save_total_limit") or 0)
+    each = traced.trainable + traced.optimizer
+    return {"each checkpoint": each, "checkpoints kept": each * (kept or 1), "result": traced.trainable}
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+    """A Markdown table with padded columns."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def gb(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.1f}" if count >= 1e8 else f"{count / 1e9:.3f}"
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """A result of `plan` as text."""
+    lines = [
+        "Computed by tracing the step without weights; nothing here was measured.",
+        f"model: {result['model']}",
+        f"data:  {result['data']}",
+        "",
+    ]
+    rows = [
+        ["tokens per pair", f"{result['tokens_per_pair']:,.0f} (longest {result['longest_pair']:,})"],
+        ["TFLOP per pair", f"{result['tflop_per_pair']:.4g}"],
+        ["trainable parameters", f"{result['trainable_parameters']:,}"],
+        ["longest batch", f"{result['batch']} pairs, {result['longest_batch_tokens']:,} tokens"],
+        *[[f"GB, {name}", gb(size)] for name, size in result["bytes"].items()],
+        *[
+            [f"GB per GPU, {name}" + (f" on {result['ranks']}" if name != "one GPU" else ""), gb(peak)]
+            for name, peak in result["peak_bytes"].items()
+            if peak is not None
+        ],
+        *[[f"GB of disk, {name}", gb(size)] for name, size in result["disk_bytes"].items()],
+    ]
+    lines += [table(rows, ["computed", ""]), ""]
+    if result["histogram_pairs_per_image"]:
+        histogram = result["histogram_pairs_per_image"].items()
+        lines += [table([[k, f"{n:,}"] for k, n in histogram], ["pairs per image", "images"]), ""]
+        alone = result["tokens_per_pair_not_grouped"]
+        for pairs in (2, 4, 8):
+            grouped = result[f"tokens_per_pair_grouped_{pairs}"]
+            lines.append(
+                f"group_pairs_by_image, max_pairs_per_image {pairs}: {grouped:,.0f} tokens per pair,"
+                f" {1 - grouped / alone:.0%} fewer than {alone:,.0f}."
+            )
+        lines.append("")
+    engines_ = [name for name, peak in result["peak_bytes"].items() if peak is not None]
+    rows = []
+    for name, gpu in result["gpus"].items():
+        fits = ["fits" if gpu[engine] else "does not fit" for engine in engines_]
+        rows.append([name, gb(gpu["memory"]), *fits, f"{gpu['hours']:.3g}"])
+    lines.append(table(rows, ["GPU", "GB", *engines_, f"hours for {result['epochs']:g} epochs"]))
+    for name, remedy in result["remedies"].items():
+        if result["gpus"][name]["one GPU"]:
+            continue
+        words = " ".join(f"{k}={str(v).lower()}" for k, v in remedy["keys"].items()) if remedy else ""
+        lines.append(
+            f"{name}: " + (f"{words} fits ({gb(remedy['peak_bytes'])} GB)." if remedy else "nothing tried fits.")
+        )
+    lines += [
+        "",
+        f"Hours at {result['utilization']:.0%} of the dense bf16 rate (an assumption); evaluation not counted.",
+    ]
+    return "\n".join(lines)
+
+
+VARIANTS = {  # the published recipe under other keys: (keys, pairs of one image, whether the image is the longest)
+    "recipe": ({}, 1),
+    "8 pairs": ({"per_device_train_batch_size": 8}, 1),
+    "8 pairs, 4 per image": ({"per_device_train_batch_size": 8, "group_pairs_by_image": True}, 4),
+    "LLaMA-Factory, 1, on": ({"shared_prefix": False}, 1),
+    "shared prefix, 4, on": ({"per_device_train_batch_size": 4, "group_pairs_by_image": True}, 4),
+    "LLaMA-Factory, 1, off": ({"shared_prefix": False, "disable_gradient_checkpointing": True}, 1),
+    "shared prefix, 1, off": ({"disable_gradient_checkpointing": True}, 1),
+    "shared prefix, 4, off": (
+        {"per_device_train_batch_size": 4, "group_pairs_by_image": True, "disable_gradient_checkpointing": True},
+        4,
+    ),
+}
+
+
+def variants(recipe: Mapping[str, Any], config, source: str, gpus: Sequence[Gpu], target: str = "cuda") -> dict:
+    """{"rows": {name: {"photo": trace, "longest": trace or None}}}: the traces behind docs/scaling.md and the table."""
+    out = {}
+    for name, (changes, per_image) in VARIANTS.items():
+        keys = {**recipe, **changes}
+        typical, longest, _ = batches_of(assumed(config, per_image), keys, config)
+        setting = Setting.of(keys, target, config)
+        out[name] = {"photo": vars(trace(config, setting, typical))}
+        if changes.get("shared_prefix", True) and not changes.get("disable_gradient_checkpointing"):
+            out[name]["longest"] = vars(trace(config, setting, longest))
+    cards = {gpu.name: {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source} for gpu in gpus}
+    data = assumed(config)
+    return {"model": source, "data": data.source, "pairs": data.pairs, "gpus": cards, "rows": out}
+
+
+def benchmark_table(result: Mapping[str, Any]) -> str:
+    """The computed table of docs/benchmarks.md from `variants`."""
+    rows = []
+    names = ["LLaMA-Factory, 1, on", "recipe", "shared prefix, 4, on"]
+    names += ["LLaMA-Factory, 1, off", "shared prefix, 1, off", "shared prefix, 4, off"]
+    for name in names:
+        found = result["rows"][name]["photo"]
+        side, pairs, checkpointing = ("shared prefix, 1, on" if name == "recipe" else name).split(", ")
+        need, flops = found["peak"] + RESERVE, found["flops"] / found["pairs"]
+        hours = [
+            f"{flops * result['pairs'] / (gpu['rate'] * UTILIZATION) / 3600:.0f} h"
+            if need <= gpu["memory"]
+            else "does not fit"
+            for gpu in result["gpus"].values()
+        ]
+        rows.append([side, pairs, checkpointing, f"{flops / 1e12:.1f}", gb(need), *hours])
+    head = ["computed, not run", "pairs/image", "checkpointing", "TFLOP/pair", "GB", *result["gpus"]]
+    return "\n".join([table(rows, head), "", *_assumptions(result)])
+
+
+def _assumptions(result: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Hours are for one epoch of {result['pairs']:,} pairs. Where the numbers come from:",
+        "",
+        "- memory and FLOPs: a trace of the real step at the true shapes, on tensors without data "
+        "(`plugins/llava_orpo/plan/trace.py`); a causal attention product counts half",
+        f"- model: {result['model']}",
+        f"- data: {result['data']}",
+        f"- assumed: {RESERVE / 1e9:.1f} GB for the CUDA context, fragmentation and kernels' own temporaries; "
+        f"{UTILIZATION:.0%} of the dense bf16 rate; LLaMA-Factory's step without padding, as its best case",
+        *[
+            f"- {name}: {gpu['memory'] / 1e9:.1f} GB, {gpu['rate'] / 1e12:g} TFLOP/s ({gpu['source']})"
+            for name, gpu in result["gpus"].items()
+        ],
+    ]
+
+
+def scaling_page(result: Mapping[str, Any]) -> str:
+    """docs/scaling.md from `variants`."""
+    rows = []
+    for label, name, which in (
+        ("one pair, the longest image", "recipe", "longest"),
+        ("eight pairs, not grouped, the longest image", "8 pairs", "longest"),
+        ("eight pairs, four per image, the longest image", "8 pairs, 4 per image", "longest"),
+        ("one pair on a 640x480 photograph", "recipe", "photo"),
+        ("the same, LLaMA-Factory's own step", "LLaMA-Factory, 1, on", "photo"),
+        ("one pair, without checkpointing, 640x480", "shared prefix, 1, off", "photo"),
+        ("four pairs per image, without checkpointing, 640x480", "shared prefix, 4, off", "photo"),
+    ):
+        found = result["rows"][name][which]
+        kept = found["frozen"] + found["trainable"] + found["gradients"] + found["optimizer"]
+        peak = found["peak"]
+        rows.append([label, f"{found['tokens']:,}", gb(kept), gb(peak - kept), gb(peak), gb(peak + RESERVE)])
+    one = result["rows"]["recipe"]["longest"]
+    parts = [
+        ["frozen weights (decoder NF4, the rest bf16)", gb(one["frozen"])],
+        [f"LoRA, {one['trainable_parameters'] / 1e6:.1f} M parameters in fp32", gb(one["trainable"])],
+        ["its gradients", gb(one["gradients"])],
+        ["two Adam moments", gb(one["optimizer"])],
+        ["alive when the language model starts, beyond these", gb(one["entering"] - _static(one))],
+        ["at the peak, beyond these", gb(one["peak"] - _static(one))],
+    ]
+    return "\n".join(
+        [
+            "# Memory of the real model (computed, not run)",
+            "",
+            "`python benchmarks/make_tables.py` writes this page from `benchmarks/results/plan_7b.json`, which",
+            "`python scripts/plan.py recipes/llava16_orpo_qlora.yaml variants=true",
+            "gpu=rtx4090,a100-80 out=benchmarks/results/plan_7b.json` computes. Nothing on it was measured on a GPU.",
+            "For your own recipe, data and GPU: `python scripts/plan.py recipe.yaml gpu=rtx4090`.",
+            "",
+            "For `recipes/llava16_orpo_qlora.yaml`: NF4 with double quantization, LoRA rank 64 on the language model",
+            "and the projector, bf16, gradient checkpointing unless said. An image takes up to 2,928 tokens.",
+            "GB are 10^9 bytes.",
+            "",
+            table(rows, ["setting", "tokens", "outlives a step, GB", "step, GB", "sum, GB", "with reserve, GB"]),
+            "",
+            "One pair on the longest image, in parts:",
+            "",
+            table(parts, ["what", "GB"]),
+            "",
+            *_assumptions(result)[2:],
+            "",
+        ]
+    )
+
+
+def _static(found: Mapping[str, Any]) -> int:
+    return found["frozen"] + found["trainable"] + found["gradients"] + found["optimizer"]
