@@ -5,9 +5,10 @@
 
 Takes a recipe and overrides like llamafactory-cli. Looks at keys, values and files, versions, the W&B login, the model
 folder and its template, image tokens against cutoff_len, the data after filters, the computed memory against the
-visible GPU, disk, and one decoded batch. No weight is loaded and nothing is downloaded: what is not on this machine is
-a warning. Each line is ok, warning or error; what to do stands under it. The exit code is 2 if there is an error, else
-0. `llamafactory-cli train` makes the cheap checks (keys, values, files, precision) by itself. It has no own keys.
+visible GPU, disk, and one decoded batch. No weight is loaded, and no weight or data is downloaded; the Hub is asked
+whether it has what is not on this machine. Each line is ok, warning or error; what to do stands under it. The exit code
+is 2 if there is an error, else 0. `llamafactory-cli train` makes the cheap checks (keys, values, files, precision) by
+itself. It has no own keys.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _model(key: str, recipe: Mapping[str, Any]) -> list[str]:
 
 def _adapters(key: str, recipe: Mapping[str, Any]) -> list[str]:
     found = []
-    for name in _names(recipe[key]):
+    for name in names(recipe[key]):
         if not (looks_local(name) or Path(name).exists()):
             continue
         if not Path(name).is_dir():
@@ -115,7 +115,7 @@ def _datasets(key: str, recipe: Mapping[str, Any]) -> list[str]:
         entries = json.loads(registry.read_text(encoding="utf-8"))
     except ValueError as error:
         return [f"{registry} is not JSON: {error}."]
-    return [sentence for name in _names(recipe[key]) if (sentence := _dataset_problem(key, name, entries, registry))]
+    return [sentence for name in names(recipe[key]) if (sentence := _dataset_problem(key, name, entries, registry))]
 
 
 def _dataset_problem(key: str, name: str, entries: Mapping[str, Any], registry: Path) -> str | None:
@@ -182,7 +182,7 @@ def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _names(value: Any) -> list[str]:
+def names(value: Any) -> list[str]:
     """The names in `a,b` or in a list."""
     names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [str(name).strip() for name in names]

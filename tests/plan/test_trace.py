@@ -29,6 +29,9 @@ CASES = {
     "mid": (1, {"disable_gradient_checkpointing": False}),
 }
 
+LONG = ("mid", "tiny_bf16")  # half a minute each
+SHORT_AND_LONG = [pytest.param(name, marks=pytest.mark.heavy if name in LONG else ()) for name in CASES]
+
 
 def sizes_of(trainer, rows) -> list[list[PairSize]]:
     """The groups of a batch, as the plan sees them."""
@@ -64,7 +67,7 @@ def allocated(step) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SHORT_AND_LONG)
 def test_plan_against_a_real_step(tmp_path, name):
     size, more = CASES[name]
     keys = {**LORA, **more, "model_name_or_path": str(random_model(name.split("_")[0]))}

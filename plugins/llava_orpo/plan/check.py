@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import netrc
 import os
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import precheck
+from .. import keys, precheck
 from ..errors import UserError
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -39,6 +40,7 @@ def lines(recipe: Mapping[str, Any]) -> Iterator[Line]:
     yield from (Line("keys and files", ERROR, sentence, "change the recipe") for sentence in problems)
     if not problems:
         yield Line("keys and files", OK, "keys, values, files and precision")
+    recipe = {key: value for key, value in recipe.items() if key in keys.known()}  # the rest is looked at without them
     yield versions()
     yield wandb_login(recipe)
     if any(recipe.get(key) is None for key in ("model_name_or_path", "dataset", "template")):
@@ -108,7 +110,7 @@ def _model(recipe: Mapping[str, Any]) -> Iterator[Any]:
         check_folder(name)
         yield Line("model", OK, f"{name}: llava_next, no tensor missing")
     else:
-        yield Line("model", WARNING, f"{name} is not a folder here", "it is downloaded when training starts (15 GB)")
+        yield _on_hub("model", name, "model")
     family = config.get_text_config().model_type
     if template not in CONVERSATIONS:
         yield Line("template", ERROR, f"{template} is not exact", f"template: one of {', '.join(CONVERSATIONS)}")
@@ -119,6 +121,30 @@ def _model(recipe: Mapping[str, Any]) -> Iterator[Any]:
     else:
         yield Line("template", OK, f"{template} on a {family} text model")
     yield config
+
+
+def _on_hub(what: str, name: str, kind: str) -> Line:
+    """Whether a model or dataset that is no local file can be had."""
+    from . import hub
+
+    found = hub.find(name, kind)
+    if found == hub.CACHED:
+        return Line(what, OK, f"{name} is in the Hub cache of this machine")
+    if found == hub.ONLINE:
+        return Line(what, OK, f"{name} is on the Hub; the first training downloads it")
+    if found == hub.ABSENT:
+        return Line(what, ERROR, f"the Hub has no {kind} {name} for this login", "correct the name, or `hf auth login`")
+    remedy = f"training would stop here: connect, or `hf download {name} --repo-type {kind}` where there is a network"
+    return Line(what, WARNING, f"{name} is not here, and the Hub was not reached", remedy)
+
+
+def _repositories(recipe: Mapping[str, Any]) -> list[str]:
+    """The Hub repositories of the recipe's datasets, each once."""
+    folder = str(recipe.get("dataset_dir") or keys.known()["dataset_dir"]["default"])
+    registry = Path(folder) / precheck.DATASET_INFO
+    entries = json.loads(registry.read_text(encoding="utf-8")) if registry.is_file() else {}
+    names = [name for key in ("dataset", "eval_dataset") for name in precheck.names(recipe.get(key))]
+    return list(dict.fromkeys(entries[name]["hf_hub_url"] for name in names if "hf_hub_url" in entries.get(name, {})))
 
 
 def _image_tokens(recipe: Mapping[str, Any], config) -> Line:
@@ -146,8 +172,11 @@ def _data_and_plan(recipe: Mapping[str, Any], config) -> Iterator[Line]:
         longest = max(pair.tokens for pair in data.sizes)
         yield Line("lengths", OK, f"longest pair {longest:,} tokens of prompt and both answers")
     else:
-        remedy = "the first training downloads them; plan and batch are then from the real files"
-        yield Line("data", WARNING, "model or data is not on this machine", remedy)
+        repositories = _repositories(recipe)
+        yield from (_on_hub("data", name, "dataset") for name in repositories)
+        if not repositories:
+            remedy = "lengths and batch are read once the model is a folder on this machine"
+            yield Line("data", WARNING, "registered files are here; the model is not", remedy)
         data = sizes.assumed(config)
     yield from _plan(recipe, config, data)
     if rows is not None:

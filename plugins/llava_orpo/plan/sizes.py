@@ -12,8 +12,10 @@ from typing import Any
 
 from .. import autoload
 from ..data.anyres import AnyresGeometry
+from ..data.columns import values
 from ..errors import UserError
 from ..step.batches import fill_batches, image_runs
+from . import hub
 from .trace import PairSize
 
 PUBLISHED = "llava-hf/llava-v1.6-mistral-7b-hf"
@@ -66,7 +68,10 @@ def load_config(recipe: Mapping[str, Any]) -> tuple[Any, str]:
     from transformers import AutoConfig, LlavaNextConfig
 
     name = str(recipe["model_name_or_path"])
+    local = os.path.isdir(name)
     try:
+        if not local and hub.find(name) == hub.UNREACHED:  # else transformers asks six times, in half a minute
+            raise OSError(f"the Hub was not reached, and {name} is not in its cache here")
         config, source = AutoConfig.from_pretrained(name), f"{name}/config.json"
     except (OSError, ValueError) as error:
         if name != PUBLISHED:
@@ -117,7 +122,7 @@ def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
     """Sizes of tokenized rows (see `data.pairs.PairProcessor`)."""
     geometry = AnyresGeometry.from_config(config)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens", "width", "height", "image_hash")
-    table = {name: rows[name] for name in columns}
+    table = {name: values(rows, name) for name in columns}
     prompts = table["prompt_ids"]
     head = len(os.path.commonprefix([min(prompts), max(prompts)])) if len(prompts) > 1 else HEAD + 1
     sizes = []
