@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import accelerator, keys
+from .checkpoint import complete
 
 DATASET_INFO = "dataset_info.json"
 OUTPUTS = "outputs"  # the recipes write there: a name below it is a folder, although `outputs/x` could be a Hub id
@@ -137,6 +138,35 @@ def _folder(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: there is no folder {name}."] if isinstance(name, str) and not Path(name).is_dir() else []
 
 
+def _checkpoint(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    missing = _folder(key, recipe)
+    if missing or not isinstance(recipe[key], str):
+        return missing
+    lacking = complete.problem(recipe[key])
+    return [incomplete_checkpoint(recipe[key], lacking)] if lacking else []
+
+
+def incomplete_checkpoint(folder: str, lacking: str) -> str:
+    """The sentence that refuses to go on from a checkpoint that is not whole."""
+    before = complete.newest_whole(Path(folder).absolute().parent)
+    remedy = f"name {before}" if before else "leave the key out"
+    return f"resume_from_checkpoint: {folder} is incomplete ({lacking}); {remedy}."
+
+
+def _output_dir(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    """A folder that cannot be made or written into. Root may write everywhere but on a read-only file system."""
+    if not recipe.get("do_train"):
+        return []
+    existing = folder = Path(str(recipe[key])).expanduser()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"{key}: {existing} is a file, not a folder; name another folder."]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{key}: {folder} cannot be written, {existing} is read-only for this user; name another folder."]
+    return []
+
+
 def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
     if recipe[key] is not True or recipe.get("use_cpu") is True or not accelerator.only_nvidia():
         return []
@@ -175,7 +205,8 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "eval_dataset": _datasets,
     "export_dir": _export_dir,
     "media_dir": _folder,
-    "resume_from_checkpoint": _folder,
+    "output_dir": _output_dir,
+    "resume_from_checkpoint": _checkpoint,
     "deepspeed": _file,
     "fsdp_config": _file,
     "accelerator_config": _file,

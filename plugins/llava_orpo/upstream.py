@@ -10,6 +10,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -66,3 +68,38 @@ def load_onto_numbered_cpus() -> None:
     """
     if not any(entry[2] is _same_storage for entry in torch.serialization._package_registry):
         torch.serialization.register_package(40, lambda storage: None, _same_storage)
+
+
+@contextmanager
+def without_rotation() -> Iterator[None]:
+    """Inside, Trainer deletes no older checkpoints.
+
+    transformers 5.5.4 does so in `_save_checkpoint`, before other processes and callbacks have written their files.
+    """
+    import transformers.trainer
+
+    with mock.patch.object(transformers.trainer, "rotate_checkpoints", lambda *args, **kwargs: None):
+        yield
+
+
+def read_window(trainer) -> dict[str, Any]:
+    """What Trainer knows of the losses since its last log and before it, which its checkpoints leave out."""
+    return {
+        "loss": trainer._tr_loss.detach().cpu(),
+        "logged_loss": trainer._total_loss_scalar,
+        "logged_step": trainer._globalstep_last_logged,
+    }
+
+
+def write_window(trainer, window: dict[str, Any]) -> None:
+    """Gives a resumed trainer back what `read_window` took."""
+    trainer._tr_loss.copy_(window["loss"])
+    trainer._total_loss_scalar = window["logged_loss"]
+    trainer._globalstep_last_logged = window["logged_step"]
+
+
+def forget_step(trainer, loss_before: torch.Tensor | None) -> None:
+    """Takes the running step's loss out of the next log, whose mean is over the other steps."""
+    if loss_before is not None:
+        trainer._tr_loss.copy_(loss_before)
+    trainer._globalstep_last_logged += 1

@@ -33,20 +33,21 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     Raises UserError for unknown keys (the nearest valid key is named), for values that are not allowed, and for
     a LLaMA-Factory version other than the tested one.
     """
-    project = None
     if isinstance(args, dict):
         ours, rest = plugin_arguments.split_keys(args)
         parsed = PluginArguments(**ours)
         if not allow_extra_keys:
             known = {name for dtype in parser.dataclass_types for name in dtype.__dataclass_fields__}
             plugin_arguments.refuse_unknown_keys(list(rest), known)
-        project = rest.get("project")
+        project, checkpoint = rest.get("project"), rest.get("resume_from_checkpoint")
     else:
         ours = HfArgumentParser(PluginArguments, allow_abbrev=False)  # --dataset is not short for --dataset_filter
         parsed, rest = ours.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
-        project = dict(zip(rest, rest[1:], strict=False)).get("--project")
+        given = dict(zip(rest, rest[1:], strict=False))
+        project, checkpoint = given.get("--project"), given.get("--resume_from_checkpoint")
     check_version(parsed)
     run = activate(parsed)
+    run.resumes_named = isinstance(checkpoint, str) and checkpoint.lower() != "true"
     if project:  # transformers' own `project` key reaches Trackio only
         run.set_default("WANDB_PROJECT", str(project))
     listen_locally(run)
