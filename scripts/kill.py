@@ -67,6 +67,10 @@ def main(argv: list[str]) -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     _make_data(options.out)
+    if set(names) - {"rank"}:
+        warm = _forks().Process(target=int)  # imports everything, once for all trainings
+        warm.start()
+        warm.join()
     counts = {name: options.kills // len(names) + (i < options.kills % len(names)) for i, name in enumerate(names)}
     draw = random.Random(options.seed)
     whole: dict[str, tuple[Path, float]] = {}
@@ -85,11 +89,10 @@ def main(argv: list[str]) -> int:
         differences = compare(whole[kind][0], folder)
         kills += done
         results.append({"series": name, "kills": len(done), "differences": differences})
-        print(
-            f"{name:<12} {len(done):>3} kills, {sum(kill.half_written for kill in done)} half-written checkpoints, after "
-            f"steps {', '.join(str(kill.logged_step) for kill in done)}: {'identical' if not differences else differences}",
-            flush=True,
-        )
+        half = sum(kill.half_written for kill in done)
+        steps = ", ".join(str(kill.logged_step) for kill in done)
+        found = f"differs in {', '.join(differences)}" if differences else "identical"
+        print(f"{name:<12} {len(done)} kills ({half} half-written), after steps {steps}: {found}", flush=True)
     bad = [result for result in results if result["differences"]]
     survived = sum(result["kills"] for result in results if not result["differences"])
     print(f"{survived} of {len(kills)} kills survived, {len(results) - len(bad)} of {len(results)} series identical.")
@@ -128,7 +131,7 @@ def _poll(training: _Training, met: Callable[[], bool]) -> None:
 
 
 def _any_moment(training, folder, seconds, draw) -> str:
-    wait = draw.uniform(0.1, seconds)
+    wait = draw.uniform(0.1, 0.9) * seconds
     end = time.monotonic() + wait
     _poll(training, lambda: time.monotonic() >= end)
     return f"after {wait:.2f} s"
@@ -209,9 +212,7 @@ class _Training:
                     stderr=log,
                 )
         else:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["llamafactory.train.tuner", "llava_orpo.training.workflow"])
-            self.process = context.Process(target=_train, args=(keys, str(self.log)))
+            self.process = _forks().Process(target=_train, args=(keys, str(self.log)))
             self.process.start()
 
     def ended(self) -> bool:
@@ -238,6 +239,12 @@ class _Training:
             return self.command.wait(WAIT_SECONDS * 2)
         self.process.join(WAIT_SECONDS * 2)
         return self.process.exitcode
+
+
+def _forks():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llamafactory.train.tuner", "llava_orpo.training.workflow"])
+    return context
 
 
 def _train(keys: dict, log: str) -> None:

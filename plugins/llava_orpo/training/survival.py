@@ -263,7 +263,7 @@ def _emergency_checkpoint(trainer) -> str:
     newest = complete.newest_whole(trainer.args.output_dir)
     if newest is not None and complete.step_of(newest) == trainer.state.global_step:
         return f"{newest.name} holds the last step"
-    if trainer.args.world_size > 1 or not hasattr(trainer, "save_now"):
+    if trainer.args.world_size > 1 or not getattr(trainer, "back_to_step_begin", bool)():
         return f"{newest.name} is the last checkpoint" if newest else "no checkpoint was saved before"
     trainer.save_now()
     return f"checkpoint-{trainer.state.global_step} is saved"

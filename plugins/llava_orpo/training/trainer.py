@@ -34,7 +34,17 @@ from ..step.attention import unwrap
 from ..step.batches import image_runs
 from ..step.model import packed_logps, prepare
 from ..step.order import PaddedRows, PairOrder
-from ..upstream import forget_step, load_onto_numbered_cpus, read_window, without_rotation, write_window
+from ..upstream import (
+    forget_step,
+    load_onto_numbered_cpus,
+    random_state,
+    read_window,
+    set_random_state,
+    set_step_loss,
+    step_loss,
+    without_rotation,
+    write_window,
+)
 from .anomalies import ANOMALIES, Anomalies
 from .callbacks import TrackioAfterTraining, WandbExamples
 from .stopping import EvaluationStopped
@@ -67,6 +77,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self.survival: Survival | None = None  # see survival.attach
         self.signalled: bool | None = None  # whether a process was asked to stop, as of the last optimizer step
         self._anomalies = Anomalies(self.plugin.max_anomalies)
+        self._random_before: dict[str, Any] | None = None
+        self._weights_change = False  # between the gradient and the next step's batches
         self._before_step: tuple[dict[str, torch.Tensor], torch.Tensor | None] = ({}, None)
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
@@ -125,8 +137,9 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if self.control.should_training_stop:
             return [], None
         self._anomalies.begin_step()
-        loss = getattr(self, "_tr_loss", None)
-        self._before_step = (dict(self._sums.get("train", {})), None if loss is None else loss.clone())
+        self._before_step = (dict(self._sums.get("train", {})), step_loss(self))
+        self._random_before = random_state() if self.args.dataloader_num_workers else None
+        self._weights_change = False
         started = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
@@ -287,16 +300,31 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             skip, self.signalled = map(bool, flags.tolist())
         else:
             skip = bool(bad.item())
+        self._weights_change = True
         if not skip:
             self._anomalies.in_a_row = 0
             return norm
         self._skip_step()
         return None
 
+    def back_to_step_begin(self) -> bool:
+        """Undoes the part of a step that an error broke off, so that the state can be saved; False if it cannot be.
+
+        torch raises the death of a dataloader worker wherever the process happens to be, in an optimizer's step too.
+        """
+        if self._weights_change or self._random_before is None:
+            return False
+        set_random_state(self._random_before)
+        sums, loss = self._before_step
+        self._sums["train"] = sums
+        set_step_loss(self, loss)
+        return True
+
     def _skip_step(self) -> None:
         sums, loss = self._before_step
         self._sums["train"] = sums
-        forget_step(self, loss)
+        set_step_loss(self, loss)
+        forget_step(self)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self._anomalies.pairs()]
         if self.args.world_size > 1:

@@ -56,6 +56,8 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
         with told_what_to_do(trainer):
             if training_args.do_train:
                 _train(trainer, request, training_args, finetuning_args)
+                if request.number is not None:  # it came after the last step
+                    request.end(f"Stopped by {request.name} after the last step. The same command makes what is left.")
             if training_args.do_eval:
                 _evaluate(trainer, run, training_args, finetuning_args)
             create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
