@@ -127,14 +127,16 @@ def _run_series(out, name: str, kind: str, folder: Path, count: int, seconds: fl
 def _poll(training: _Training, met: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not met() and not training.ended() and time.monotonic() < end:
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 def _any_moment(training, folder, seconds, draw) -> str:
-    wait = draw.uniform(0.1, 0.9) * seconds
+    if draw.random() < 0.75:  # else: while it is loading, most likely
+        _poll(training, lambda: b"Running training" in training.printed())
+    wait = draw.uniform(0.0, 0.5) * seconds
     end = time.monotonic() + wait
     _poll(training, lambda: time.monotonic() >= end)
-    return f"after {wait:.2f} s"
+    return f"{wait:.2f} s after {'its start' if b'Running training' not in training.printed() else 'loading'}"
 
 
 def _in_a_checkpoint(training, folder, seconds, draw) -> str:
@@ -152,29 +154,27 @@ def _in_a_checkpoint(training, folder, seconds, draw) -> str:
 
 
 def _in_an_evaluation(training, folder, seconds, draw) -> str:
-    log = training.log
-    before = log.stat().st_size if log.exists() else 0
-
-    def met() -> bool:
-        return log.exists() and b"evaluation, true image" in log.read_bytes()[min(before, log.stat().st_size) :]
-
-    _poll(training, met)
+    earlier = draw.choice((0, 1, 1, 2))
+    _poll(training, lambda: training.printed().count(b"'eval_loss'") >= earlier)
+    printed = len(training.printed())
+    _poll(training, lambda: b"evaluation, true image" in training.printed()[printed:])
     wait = draw.uniform(0, 0.1)
     time.sleep(wait)
-    return f"{wait * 1000:.0f} ms into an evaluation"
+    return f"{wait * 1000:.0f} ms into an evaluation, after {earlier} others"
 
 
 def _in_the_second_epoch(training, folder, seconds, draw) -> str:
-    _poll(training, lambda: _logged_step(folder) > STEPS_PER_EPOCH)
-    wait = draw.uniform(0, 0.5)
+    _poll(training, lambda: b"Running training" in training.printed() and _logged_step(folder) > STEPS_PER_EPOCH)
+    wait = draw.uniform(0, 0.15) * seconds
     time.sleep(wait)
     return f"{wait * 1000:.0f} ms into the second epoch"
 
 
 def _after_a_step(training, folder, seconds, draw) -> str:
+    _poll(training, lambda: b"Running training" in training.printed())
     first = _logged_step(folder)
     _poll(training, lambda: _logged_step(folder) > first)
-    wait = draw.uniform(0, 1.0)
+    wait = draw.uniform(0, 0.15) * seconds
     time.sleep(wait)
     return f"{wait:.2f} s after a logged step"
 
@@ -197,6 +197,7 @@ class _Training:
 
     def __init__(self, out: Path, kind: str, folder: Path) -> None:
         self.log = folder.with_suffix(".log")
+        self._printed_before = self.log.stat().st_size if self.log.exists() else 0
         keys = _keys(out, kind, folder)
         self.command = self.process = None
         if kind == "rank":
@@ -214,6 +215,14 @@ class _Training:
         else:
             self.process = _forks().Process(target=_train, args=(keys, str(self.log)))
             self.process.start()
+
+    def printed(self) -> bytes:
+        """What it has printed so far."""
+        if not self.log.exists():
+            return b""
+        with self.log.open("rb") as log:
+            log.seek(self._printed_before)
+            return log.read()
 
     def ended(self) -> bool:
         return self.command.poll() is not None if self.command else not self.process.is_alive()

@@ -347,18 +347,24 @@ def test_a_bad_step_is_skipped_listed_and_left_out_of_the_log(folder, monkeypatc
     assert "NaN" not in (folder / "bad" / "trainer_log.jsonl").read_text()
 
 
-DIVERGES = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_anomalies": 2, "save_steps": 1}
+def test_bad_steps_in_a_row_stop_the_training_with_the_last_checkpoint_intact(folder, monkeypatch):
+    from llava_orpo.training.trainer import SharedPrefixTrainer
 
+    original = SharedPrefixTrainer.pair_losses
 
-def test_bad_steps_in_a_row_stop_the_training_with_the_last_checkpoint_intact(folder):
-    with pytest.raises(UserError, match=r"2 optimizer steps in a row.*max_anomalies: 2.*from checkpoint-2\.$"):
-        train(keys_of(folder, "diverges", **DIVERGES, eval_strategy="no"))
-    assert [complete.problem(path) for path in complete.checkpoints(folder / "diverges")] == ["", ""]
+    def pair_losses(self, model, batch):
+        terms, output = original(self, model, batch)
+        return ({**terms, "loss": terms["loss"] * 1e39} if self.state.global_step >= 3 else terms), output
+
+    monkeypatch.setattr(SharedPrefixTrainer, "pair_losses", pair_losses)
+    with pytest.raises(UserError, match=r"2 optimizer steps in a row.*max_anomalies: 2.*goes on from checkpoint-3\.$"):
+        train(keys_of(folder, "diverges", max_anomalies=2, eval_strategy="no"))
+    assert [complete.problem(path) for path in complete.checkpoints(folder / "diverges")] == [""]
 
 
 @pytest.mark.heavy
 def test_two_processes_skip_the_same_steps(folder):
-    keys = keys_of(folder, "two-diverge", **DIVERGES, eval_strategy="no", ddp_timeout=120)
+    keys = keys_of(folder, "two-diverge", max_anomalies=2, pref_beta=1e39, eval_strategy="no", ddp_timeout=120)
     with pytest.raises(AssertionError, match="2 optimizer steps in a row"):
         train_on_processes(folder, [{**keys, "per_device_train_batch_size": 1}], 2)
     lines = [json.loads(line) for line in (folder / "two-diverge" / "anomalies.jsonl").read_text().splitlines()]

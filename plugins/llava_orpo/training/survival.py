@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ..files import whole_lines, write_atomic
 from ..precheck import incomplete_checkpoint
 from ..preference.records import HISTORY, drop_history_after
 from .anomalies import ANOMALIES
+from .callbacks import WandbExamples
 from .stopping import EvaluationStopped, StopRequest
 
 if TYPE_CHECKING:
@@ -272,11 +273,19 @@ def _emergency_checkpoint(trainer) -> str:
 def attach(trainer: Trainer, request: StopRequest) -> None:
     """Adds the callback as the trainer's last one, and lets no logging service stop the training."""
     for callback in trainer.callback_handler.callbacks:
-        if type(callback).__module__.startswith("transformers.integrations"):
+        if type(callback).__module__.startswith("transformers.integrations") or isinstance(callback, WandbExamples):
             tolerate(callback)
     trainer.survival = Survival(request)
     trainer.survival.trainer = trainer
     trainer.add_callback(trainer.survival)
+
+
+def _forget_wandb_settings() -> None:
+    """Lets W&B read its environment variables again."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def tolerate(callback: TrainerCallback) -> None:
@@ -299,6 +308,7 @@ def tolerate(callback: TrainerCallback) -> None:
                 line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 if name == "Wandb" and event == "setup" and os.environ.get("WANDB_MODE") != "offline":
                     os.environ["WANDB_MODE"] = "offline"
+                    _forget_wandb_settings()
                     logger.warning_rank0(
                         f"W&B failed ({line}); this run is logged offline. Send it later: "
                         "wandb sync wandb/offline-run-*"

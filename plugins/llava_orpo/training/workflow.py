@@ -6,6 +6,7 @@ before this point; the step itself is in `trainer`.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from llamafactory.data import PairwiseDataCollatorWithPadding, get_dataset, get_template_and_fix_tokenizer
@@ -19,6 +20,7 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 
 from .. import upstream
 from ..data.skipped import report_skipped
+from ..errors import hide_tracebacks_of_foreseen_errors
 from ..step.collator import SharedPrefixCollator
 from . import checks
 from .callbacks import FullLogCallback
@@ -50,6 +52,8 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
 
     A signal ends the process (see `stopping`); a failure of the machine raises UserError (see `survival`).
     """
+    if "LOCAL_RANK" in os.environ:  # a process of torchrun, which `early` has not prepared
+        hide_tracebacks_of_foreseen_errors()
     with StopRequest() as request:
         choose_checkpoint(run, training_args)
         trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks, request)
