@@ -64,6 +64,6 @@ class Anomalies:
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"{self.in_a_row} optimizer steps in a row had a non-finite loss or gradient (max_anomalies: "
-                f"{self.limit}); none of them changed the weights, and their pairs are in {path}. Lower learning_rate "
+                f"{self.limit}); their pairs are in {path}. Lower learning_rate "
                 f"or leave those pairs out; {checkpoint}."
             )

@@ -24,13 +24,14 @@ class StopRequest:
     """Counts the signals inside its `with` block.
 
     number  the signal that asked to stop, None so far
+    phase   when a signal that finds nothing to save ends the process, and what comes next; the end of a sentence
     saving  whether a training runs whose state can be saved; otherwise a signal ends the process at once
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.saving = False
-        self.phase = "before the training began"
+        self.phase = "before the training began. The same command starts again"
         self.shown = int(os.environ.get("LOCAL_RANK", 0)) == 0
         self._at = 0.0
         self._process = os.getpid()
@@ -65,7 +66,7 @@ class StopRequest:
         if self.number is None:
             self.number, self._at = number, now
             if not self.saving:
-                self.end(f"Stopped by {self.name} {self.phase}. The same command starts again.")
+                self.end(f"Stopped by {self.name} {self.phase}.")
             self._write(f"{self.name}: a checkpoint is saved at the end of this step; once more stops at once.")
         elif now - self._at > ONE_REQUEST_SECONDS:
             self._write(f"Stopped at once by {self.name}. The same command goes on from the last checkpoint.")

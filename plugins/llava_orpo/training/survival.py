@@ -24,7 +24,7 @@ from ..precheck import incomplete_checkpoint
 from ..preference.records import HISTORY, drop_history_after
 from .anomalies import ANOMALIES
 from .callbacks import WandbExamples
-from .stopping import EvaluationStopped, StopRequest
+from .stopping import StopRequest
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -119,6 +119,7 @@ class Survival(TrainerCallback):
     trainer         set after the trainer was built
     evaluation_due  the evaluation of the current step is still to be made; a checkpoint keeps it
     stopping        all processes have agreed to stop after this step
+    earlier         checkpoints of the training that overwrite_output_dir replaces, until the first new one is whole
     over            the training was resumed after its last step
     """
 
@@ -128,7 +129,7 @@ class Survival(TrainerCallback):
         self.evaluation_due = False
         self.stopping = False
         self.over = False
-        self._earlier: list[Path] = []
+        self.earlier: list[Path] = []
 
     # whether to stop ----------------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class Survival(TrainerCallback):
         self.request.saving = True
         resumed = state.global_step > 0
         if args.process_index == 0:
-            self._earlier = [] if args.resume_from_checkpoint else complete.checkpoints(args.output_dir)
+            self.earlier = [] if args.resume_from_checkpoint else complete.checkpoints(args.output_dir)
             cut_logs(args.output_dir, state.global_step, state.log_history if resumed else None)
         if self.trainer.args.world_size > 1:
             self.trainer.accelerator.wait_for_everyone()
@@ -174,7 +175,7 @@ class Survival(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.request.saving = False
-        self.request.phase = "after the last step"
+        self.request.phase = "after the last step. The same command makes what is left"
 
     # checkpoints --------------------------------------------------------------------------------------------
 
@@ -185,12 +186,12 @@ class Survival(TrainerCallback):
             self.trainer.accelerator.wait_for_everyone()
         if not args.should_save:
             return
-        with told_of_full_disk(folder):
+        with told_of_full_disk(self.trainer):
             complete.finish(folder)
-        for old in self._earlier:  # of the training that overwrite_output_dir replaces
+        for old in self.earlier:
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
-        self._earlier = []
+        self.earlier = []
         rotate_checkpoints(
             output_dir=args.output_dir,
             save_total_limit=args.save_total_limit,
@@ -200,20 +201,16 @@ class Survival(TrainerCallback):
 
 
 @contextmanager
-def told_of_full_disk(folder: Path) -> Iterator[None]:
-    """Turns a failure to write the checkpoint `folder` into a UserError, after its half-written files were removed."""
+def told_of_full_disk(trainer: Trainer) -> Iterator[None]:
+    """Turns a failure to write the step's checkpoint into a UserError, after its half-written files were removed."""
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
     try:
         yield
-    except EvaluationStopped:
-        raise
     except Exception as error:
         if not (reason := not_writable(error, folder.parent)):
             raise
         shutil.rmtree(folder, ignore_errors=True)
-        before = complete.newest_whole(folder.parent)
-        rest = f"{before.name} is whole" if before else "no checkpoint was saved before"
-        goes_on = f"the same command goes on{f' from {before.name}' if before else ' from the beginning'}"
-        raise UserError(f"{folder} could not be written: {reason}; {rest}. Repair that, and {goes_on}.") from error
+        raise UserError(f"{folder} could not be written: {reason}. Repair that; {goes_on(trainer)}.") from error
 
 
 def not_writable(error: BaseException, folder: Path) -> str:
@@ -222,7 +219,8 @@ def not_writable(error: BaseException, folder: Path) -> str:
     if code in NO_SPACE or "No space left" in str(error):
         return "no space is left on its disk"
     if code in NOT_WRITABLE:
-        return str(error)
+        name = error.filename if isinstance(error.filename, str) else str(folder)
+        return str(error) if Path(name).absolute().is_relative_to(folder.absolute()) else ""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as lost:
@@ -243,31 +241,40 @@ def told_what_to_do(trainer: Trainer) -> Iterator[None]:
             saved = _emergency_checkpoint(trainer)
             raise UserError(
                 f"A dataloader worker was killed, probably for lack of memory: {saved}. Lower dataloader_num_workers "
-                f"(now {trainer.args.dataloader_num_workers}) or free memory; the same command goes on."
+                f"(now {trainer.args.dataloader_num_workers}) or free memory; {goes_on(trainer)}."
             ) from error
         if reason := not_writable(error, output_dir):
-            raise UserError(
-                f"{output_dir} could not be written: {reason}. Repair that; {_goes_on(output_dir)}."
-            ) from error
+            raise UserError(f"{output_dir} could not be written: {reason}. Repair that; {goes_on(trainer)}.") from error
         if trainer.args.world_size > 1 and any(words in str(error) for words in LOST_PEER):
-            raise UserError(f"Another process of this training ended; {_goes_on(output_dir)}.") from error
+            raise UserError(f"Another process of this training ended; {goes_on(trainer)}.") from error
         raise
 
 
-def _goes_on(output_dir: Path) -> str:
-    before = complete.newest_whole(output_dir)
-    return f"the same command goes on from {before.name}" if before else "the same command starts again"
+def goes_on(trainer: Trainer) -> str:
+    """How the training goes on, and from which of its checkpoints, as the middle of a sentence."""
+    earlier = trainer.survival.earlier
+    own = [path for path in complete.checkpoints(trainer.args.output_dir) if path not in earlier]
+    newest = next((path for path in own if not complete.problem(path)), None)
+    if newest is None:
+        return "no checkpoint was saved before, so the same command starts again"
+    return f"{same_command(trainer.args)} goes on from {newest.name}"
 
 
-def _emergency_checkpoint(trainer) -> str:
+def same_command(args) -> str:
+    """The command that goes on; under overwrite_output_dir the same one would start again."""
+    overwrites = getattr(args, "overwrite_output_dir", False)
+    return "the same command" + (" with overwrite_output_dir=false" if overwrites else "")
+
+
+def _emergency_checkpoint(trainer: Trainer) -> str:
     """Saves the state between two steps; what came of it as the middle of a sentence."""
+    step = trainer.state.global_step
     newest = complete.newest_whole(trainer.args.output_dir)
-    if newest is not None and complete.step_of(newest) == trainer.state.global_step:
-        return f"{newest.name} holds the last step"
-    if trainer.args.world_size > 1 or not getattr(trainer, "back_to_step_begin", bool)():
-        return f"{newest.name} is the last checkpoint" if newest else "no checkpoint was saved before"
-    trainer.save_now()
-    return f"checkpoint-{trainer.state.global_step} is saved"
+    if newest is None or complete.step_of(newest) != step:
+        if trainer.args.world_size > 1 or not getattr(trainer, "back_to_step_begin", bool)():
+            return "the state between two checkpoints could not be saved"
+        trainer.save_now()
+    return f"checkpoint-{step} is saved"
 
 
 def attach(trainer: Trainer, request: StopRequest) -> None:

@@ -48,7 +48,7 @@ from ..upstream import (
 from .anomalies import ANOMALIES, Anomalies
 from .callbacks import TrackioAfterTraining, WandbExamples
 from .stopping import EvaluationStopped
-from .survival import Survival, told_of_full_disk
+from .survival import Survival, goes_on, told_of_full_disk
 
 logger = logging.get_logger("llamafactory." + __name__)
 WINDOW = "log_window_{}.pt"  # of each process: the terms since the last log
@@ -330,13 +330,11 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if self.args.world_size > 1:
             mine, parts = parts[0], [None] * self.args.world_size
             torch.distributed.all_gather_object(parts, mine)
-        newest = complete.newest_whole(self.args.output_dir)
-        goes_on = f"the same command goes on from {newest.name}" if newest else "no checkpoint was saved before"
         if self.is_deepspeed_enabled:  # it makes its step in backward
             self._anomalies.limit = 1
         step = self.state.global_step + 1
         write = parts if self.is_world_process_zero() else None
-        self._anomalies.skipped(self.args.output_dir, step, write, goes_on)
+        self._anomalies.skipped(self.args.output_dir, step, write, goes_on(self))
         logger.warning_rank0(f"Step {step} is skipped: its loss or gradient is not finite (see {ANOMALIES}).")
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
@@ -360,12 +358,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with told_of_full_disk(folder), without_rotation():
+        with told_of_full_disk(self), without_rotation():
             if self.args.should_save:
                 complete.begin(folder)
             super()._save_checkpoint(model, trial)
             due = self.survival is not None and self.survival.evaluation_due
             window = {**read_window(self), "sums": self._sums.get("train", {}), "due": due}
+            window["processes"] = self.args.world_size
+            folder.mkdir(parents=True, exist_ok=True)  # the first process may be later
             torch.save(window, folder / WINDOW.format(self.args.process_index))
 
     def restore_window(self) -> bool:
@@ -377,8 +377,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         windows = {file.name: torch.load(file, map_location=self.args.device, weights_only=True) for file in files}
         if not windows:
             return False
-        own = windows.get(WINDOW.format(self.args.process_index)) if len(files) == self.args.world_size else None
-        if own is None:
+        own = windows.get(WINDOW.format(self.args.process_index))
+        if own is None or own["processes"] != self.args.world_size:
             own = dict(windows[files[0].name])
             own["loss"] = torch.stack([window["loss"] for window in windows.values()]).mean()
             first = self.args.process_index == 0

@@ -25,7 +25,7 @@ from ..step.collator import SharedPrefixCollator
 from . import checks
 from .callbacks import FullLogCallback
 from .stopping import StopRequest
-from .survival import attach, choose_checkpoint, told_what_to_do
+from .survival import attach, choose_checkpoint, same_command, told_what_to_do
 from .trainer import SharedPrefixTrainer
 
 if TYPE_CHECKING:
@@ -55,13 +55,15 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
     if "LOCAL_RANK" in os.environ:  # a process of torchrun, which `early` has not prepared
         hide_tracebacks_of_foreseen_errors()
     with StopRequest() as request:
+        if not training_args.do_train:
+            request.phase = "during the evaluation. The same command starts it again"
         choose_checkpoint(run, training_args)
         trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks, request)
         with told_what_to_do(trainer):
             if training_args.do_train:
                 _train(trainer, request, training_args, finetuning_args)
                 if request.number is not None:  # it came after the last step
-                    request.end(f"Stopped by {request.name} after the last step. The same command makes what is left.")
+                    request.end(f"Stopped by {request.name} {request.phase}.")
             if training_args.do_eval:
                 _evaluate(trainer, run, training_args, finetuning_args)
             create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
@@ -70,11 +72,8 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
 def _train(trainer, request: StopRequest, training_args, finetuning_args) -> None:
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.survival.stopping:
-        again = "The same command" + (
-            " with overwrite_output_dir=false" if getattr(training_args, "overwrite_output_dir", False) else ""
-        )
-        step = trainer.state.global_step
-        request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. {again} goes on.")
+        step, again = trainer.state.global_step, same_command(training_args)
+        request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. T{again[1:]} goes on.")
     trainer.save_model()
     if finetuning_args.include_effective_tokens_per_second:
         speed = checks.tokens_per_second(trainer.train_dataset, result.metrics)
