@@ -131,6 +131,14 @@ class PluginArguments:
         default=4, metadata={"help": "Most pairs of one image in a row under group_pairs_by_image."}
     )
 
+    max_anomalies: Annotated[int, Field(ge=1)] = field(
+        default=5,
+        metadata={
+            "help": "Stop after so many optimizer steps in a row with a non-finite loss or gradient. Each of them is "
+            "skipped, and its pairs are listed in anomalies.jsonl."
+        },
+    )
+
     # evaluation
     preference_eval: bool = field(
         default=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from . import PLUGIN_NAME, keys, precheck, recipe
+from . import PLUGIN_NAME, keys, launcher, precheck, recipe
 from .errors import UsageError, hide_tracebacks_of_foreseen_errors, stop
 
 PURPOSES = {
@@ -41,6 +41,8 @@ def before_llamafactory(words: Sequence[str]) -> None:
         stop(error)
     if uses_plugin:
         hide_tracebacks_of_foreseen_errors()
+        if command == "train":
+            launcher.prepare()
 
 
 def check(command: str, words: Sequence[str]) -> bool:

@@ -56,6 +56,16 @@ def stop(error: UserError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def end_by_signal(number: int, sentence: str) -> NoReturn:
+    """Ends a process that a signal stopped: one line, unless it is empty, and the exit code 128 + `number`.
+
+    A process of torchrun ends with 0, or torchrun would report its end as a failure; `launcher` gives the code then.
+    """
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + number)
+
+
 def hide_tracebacks_of_foreseen_errors() -> None:
     """Lets this process end on a foreseen error with its message alone; any other error is shown as before."""
     previous = sys.excepthook

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import accelerator, keys
+from .checkpoint import complete
 
 DATASET_INFO = "dataset_info.json"
 OUTPUTS = "outputs"  # the recipes write there: a name below it is a folder, although `outputs/x` could be a Hub id
@@ -158,13 +159,37 @@ def _folder(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: there is no folder {name}."] if isinstance(name, str) and not Path(name).is_dir() else []
 
 
-def _disk(key: str, recipe: Mapping[str, Any]) -> list[str]:
-    """A disk on which not even an adapter fits; `scripts/check.py` compares with what the recipe will write."""
-    folder = Path(str(recipe[key])).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    return [f"{key}: only {free / 1e6:.0f} MB are free at {folder}; make room."] if free < LEAST_FREE else []
+def _checkpoint(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    missing = _folder(key, recipe)
+    if missing or not isinstance(recipe[key], str):
+        return missing
+    lacking = complete.problem(recipe[key])
+    return [incomplete_checkpoint(recipe[key], lacking)] if lacking else []
+
+
+def incomplete_checkpoint(folder: str, lacking: str) -> str:
+    """The sentence that refuses to go on from a checkpoint that is not whole."""
+    before = complete.newest_whole(Path(folder).absolute().parent)
+    remedy = f"name {before}" if before else "leave the key out"
+    return f"resume_from_checkpoint: {folder} is incomplete ({lacking}); {remedy}."
+
+
+def _output_dir(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    """A folder that cannot be made or written into, or whose disk holds not even an adapter.
+
+    Root may write everywhere but on a read-only file system.
+    """
+    if not recipe.get("do_train"):
+        return []
+    existing = folder = Path(str(recipe[key])).expanduser()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"{key}: {existing} is a file, not a folder; name another folder."]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{key}: {folder} cannot be written, {existing} is read-only for this user; name another folder."]
+    free = shutil.disk_usage(existing).free  # `scripts/check.py` compares with what the recipe will write
+    return [f"{key}: only {free / 1e6:.0f} MB are free at {existing}; make room."] if free < LEAST_FREE else []
 
 
 def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
@@ -208,9 +233,9 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "dataset": _datasets,
     "eval_dataset": _datasets,
     "export_dir": _export_dir,
-    "output_dir": _disk,
     "media_dir": _folder,
-    "resume_from_checkpoint": _folder,
+    "output_dir": _output_dir,
+    "resume_from_checkpoint": _checkpoint,
     "deepspeed": _file,
     "fsdp_config": _file,
     "accelerator_config": _accelerator_config,

@@ -7,10 +7,14 @@ written for; tests/test_upstream.py fails once a work-around is no longer needed
 from __future__ import annotations
 
 import importlib.metadata
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
@@ -66,3 +70,63 @@ def load_onto_numbered_cpus() -> None:
     """
     if not any(entry[2] is _same_storage for entry in torch.serialization._package_registry):
         torch.serialization.register_package(40, lambda storage: None, _same_storage)
+
+
+@contextmanager
+def without_rotation() -> Iterator[None]:
+    """Inside, Trainer deletes no older checkpoints.
+
+    transformers 5.5.4 does so in `_save_checkpoint`, before other processes and callbacks have written their files.
+    """
+    import transformers.trainer
+
+    with mock.patch.object(transformers.trainer, "rotate_checkpoints", lambda *args, **kwargs: None):
+        yield
+
+
+def read_window(trainer) -> dict[str, Any]:
+    """What Trainer knows of the losses since its last log and before it, which its checkpoints leave out."""
+    return {
+        "loss": trainer._tr_loss.detach().cpu(),
+        "logged_loss": trainer._total_loss_scalar,
+        "logged_step": trainer._globalstep_last_logged,
+    }
+
+
+def write_window(trainer, window: dict[str, Any]) -> None:
+    """Gives a resumed trainer back what `read_window` took."""
+    trainer._tr_loss.copy_(window["loss"])
+    trainer._total_loss_scalar = window["logged_loss"]
+    trainer._globalstep_last_logged = window["logged_step"]
+
+
+def step_loss(trainer) -> torch.Tensor | None:
+    """A copy of the sum of losses since the last log; None before the training."""
+    loss = getattr(trainer, "_tr_loss", None)
+    return None if loss is None else loss.clone()
+
+
+def set_step_loss(trainer, loss: torch.Tensor | None) -> None:
+    """Puts the sum of losses back to what `step_loss` gave, out of which a broken step falls."""
+    if loss is not None:
+        trainer._tr_loss.copy_(loss)
+
+
+def forget_step(trainer) -> None:
+    """Takes the running step out of the number of steps that the next log's loss is the mean of."""
+    trainer._globalstep_last_logged += 1
+
+
+def random_state() -> dict[str, Any]:
+    """The random states that Trainer's checkpoints hold."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    return {**state, "cuda": torch.cuda.random.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts the random states back."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.random.set_rng_state(state["cuda"])

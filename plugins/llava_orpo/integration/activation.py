@@ -41,11 +41,12 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
             known = {name for dtype in parser.dataclass_types for name in dtype.__dataclass_fields__}
             plugin_arguments.refuse_unknown_keys(list(rest), known)
         project, remote_code = rest.get("project"), rest.get("trust_remote_code")
+        checkpoint = rest.get("resume_from_checkpoint")
     else:
         ours = HfArgumentParser(PluginArguments, allow_abbrev=False)  # --dataset is not short for --dataset_filter
         parsed, rest = ours.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
         following = dict(zip(rest, [*rest[1:], ""], strict=True))
-        project = following.get("--project")
+        project, checkpoint = following.get("--project"), following.get("--resume_from_checkpoint")
         remote_code = following.get("--trust_remote_code", "false").lower() not in keys.TRUTH_WORDS[False]
         remote_code |= "--trust_remote_code=true" in map(str.lower, rest)
     if remote_code:  # the model's folder would run its code as soon as its config is read
@@ -54,6 +55,7 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     if other := upstream.other_versions():
         logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")
     run = activate(parsed)
+    run.resumes_named = isinstance(checkpoint, str) and checkpoint.lower() != "true"
     if project:  # transformers' own `project` key reaches Trackio only
         run.set_default("WANDB_PROJECT", str(project))
     listen_locally(run)

@@ -18,6 +18,7 @@ class Run:
     variables      environment variables that were set for this recipe, with their values
     skipped        rows left out so far, as skipped_rows.jsonl lists them, out of `considered` rows
     shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
+    resumes_named  whether the recipe names its checkpoint: LLaMA-Factory fills in the newest one where it does not
     """
 
     arguments: PluginArguments
@@ -26,6 +27,7 @@ class Run:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     considered: int = 0
     shared_prefix: bool = True
+    resumes_named: bool = False
 
     def set_default(self, variable: str, value: str) -> None:
         """Sets an environment variable for this recipe, unless the user has set it."""

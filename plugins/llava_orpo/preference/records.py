@@ -131,6 +131,18 @@ def append_history(path: str | os.PathLike, entry: dict[str, Any]) -> None:
     same = (entry["step"], entry["dataset"])
     history = [old for old in history if (old["step"], old["dataset"]) != same] + [entry]
     history.sort(key=lambda old: old["step"])
+    _write_history(path, history)
+
+
+def drop_history_after(path: str | os.PathLike, step: int) -> None:
+    """Drops the evaluations of later steps than `step` from `preference_eval.json`. Raises UserError as above."""
+    history = read_history(path)
+    kept = [entry for entry in history if entry["step"] <= step]
+    if len(kept) < len(history):
+        _write_history(path, kept)
+
+
+def _write_history(path: str | os.PathLike, history: list[dict[str, Any]]) -> None:
     content = {"format": HISTORY_FORMAT, "history": history}
     write_atomic(path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 

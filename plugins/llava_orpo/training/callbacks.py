@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+from llamafactory.extras import logging
 from llamafactory.train.callbacks import LogCallback
 from transformers import TrainerCallback
 
+logger = logging.get_logger("llamafactory." + __name__)
+
+
+class _AtOnce:
+    """Runs at once what LLaMA-Factory's LogCallback gives to a thread: a checkpoint must not be ahead of its log."""
+
+    def submit(self, function: Callable, *args) -> None:
+        function(*args)
+
+    def shutdown(self, wait: bool = True) -> None:
+        pass
+
 
 class FullLogCallback(LogCallback):
-    """LLaMA-Factory's LogCallback with every logged metric in trainer_log.jsonl, not only loss and accuracy."""
+    """LLaMA-Factory's LogCallback with every logged metric in trainer_log.jsonl, not only loss and accuracy.
+
+    A line that cannot be written is left out, with one warning per training.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._warned = False
         self._extra: deque[dict[str, Any]] = deque()  # one entry per line that a log will write, in order
 
     def on_log(self, args, state, control, **kwargs):
@@ -24,7 +42,16 @@ class FullLogCallback(LogCallback):
 
     def _write_log(self, output_dir: str, logs: dict[str, Any]) -> None:
         extra = self._extra.popleft() if "epoch" in logs else {}  # progress lines of an evaluation have no epoch
-        super()._write_log(output_dir, {**extra, **logs})
+        try:
+            super()._write_log(output_dir, {**extra, **logs})
+        except OSError as error:
+            if not self._warned:
+                logger.warning_rank0(f"trainer_log.jsonl cannot be written ({error}); its lines are left out.")
+            self._warned = True
+
+    def _create_thread_pool(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        self.thread_pool = _AtOnce()
 
 
 class WandbExamples(TrainerCallback):

@@ -7,6 +7,7 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.integrations import TrackioCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ..arguments import PluginArguments
-from ..checkpoint import resume
+from ..checkpoint import complete, resume
 from ..data import columns
 from ..data.images import content_hash
 from ..data.skipped import TRAINING, stop_at_bad_row, write_skipped
@@ -33,10 +35,24 @@ from ..step.attention import unwrap
 from ..step.batches import image_runs
 from ..step.model import packed_logps, prepare
 from ..step.order import PaddedRows, PairOrder
-from ..upstream import load_onto_numbered_cpus
+from ..upstream import (
+    forget_step,
+    load_onto_numbered_cpus,
+    random_state,
+    read_window,
+    set_random_state,
+    set_step_loss,
+    step_loss,
+    without_rotation,
+    write_window,
+)
+from .anomalies import ANOMALIES, Anomalies
 from .callbacks import TrackioAfterTraining, WandbExamples
+from .stopping import EvaluationStopped
+from .survival import Survival, goes_on, told_of_full_disk
 
 logger = logging.get_logger("llamafactory." + __name__)
+WINDOW = "log_window_{}.pt"  # of each process: the terms since the last log
 
 
 class SharedPrefixTrainer(CustomDPOTrainer):
@@ -59,6 +75,12 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
         self._bad_images: set[tuple[str, str, int]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
+        self.survival: Survival | None = None  # see survival.attach
+        self.signalled: bool | None = None  # whether a process was asked to stop, as of the last optimizer step
+        self._anomalies = Anomalies(self.plugin.max_anomalies)
+        self._random_before: dict[str, Any] | None = None
+        self._weights_change = False  # between the gradient and the next step's batches
+        self._before_step: tuple[dict[str, torch.Tensor], torch.Tensor | None] = ({}, None)
         self.wandb_examples = WandbExamples(self)
         self.add_callback(self.wandb_examples)
         for callback in [c for c in self.callback_handler.callbacks if isinstance(c, TrackioCallback)]:
@@ -113,6 +135,12 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of one optimizer step; counts the pairs that have weight in it, on all processes."""
+        if self.control.should_training_stop:
+            return [], None
+        self._anomalies.begin_step()
+        self._before_step = (dict(self._sums.get("train", {})), step_loss(self))
+        self._random_before = random_state() if self.args.dataloader_num_workers else None
+        self._weights_change = False
         started = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
@@ -175,6 +203,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         terms, output = self.pair_losses(model, batch)
         self._note_bad_images(batch)
+        if train_eval == "train":
+            self._anomalies.note(batch["rows"], terms["loss"])
         weights = batch["weights"].to(terms["loss"].device, torch.float32)  # DeepSpeed hands them over in bf16
         share = weights / weights.sum().clamp(min=1.0)
 
@@ -252,6 +282,115 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             if pairs:
                 logs.update({key: value / pairs for key, value in terms.items()})
         Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
+
+    # interruptions ------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of the step's gradient, or None for a step that is skipped because it or a loss is not finite.
+
+        The processes agree on that, and on whether one of them was asked to stop, in one message and one wait for the
+        device. A skipped step has no gradients, so that no optimizer changes anything. With a loss scaler the norm is
+        not looked at: its overflows are usual, and skipped by the scaler itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        bad = self._anomalies.any_loss(self.args.device)
+        if norm is not None and self.accelerator.scaler is None and not self.args.fp16:
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            bad = torch.maximum(bad, (~torch.isfinite(whole)).to(bad))
+        asked = self.survival is not None and self.survival.request.number is not None
+        if self.args.world_size > 1:
+            flags = torch.stack([bad, torch.full_like(bad, float(asked))])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            skip, self.signalled = map(bool, flags.tolist())
+        else:
+            skip = bool(bad.item())
+        self._weights_change = True
+        if not skip:
+            self._anomalies.in_a_row = 0
+            return norm
+        self._skip_step()
+        return None
+
+    def back_to_step_begin(self) -> bool:
+        """Undoes the part of a step that an error broke off, so that the state can be saved; False if it cannot be.
+
+        torch raises the death of a dataloader worker wherever the process happens to be, in an optimizer's step too.
+        """
+        if self._weights_change or self._random_before is None:
+            return False
+        set_random_state(self._random_before)
+        sums, loss = self._before_step
+        self._sums["train"] = sums
+        set_step_loss(self, loss)
+        return True
+
+    def _skip_step(self) -> None:
+        sums, loss = self._before_step
+        self._sums["train"] = sums
+        set_step_loss(self, loss)
+        forget_step(self)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [self._anomalies.pairs()]
+        if self.args.world_size > 1:
+            mine, parts = parts[0], [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, mine)
+        if self.is_deepspeed_enabled:  # it makes its step in backward
+            self._anomalies.limit = 1
+        step = self.state.global_step + 1
+        write = parts if self.is_world_process_zero() else None
+        self._anomalies.skipped(self.args.output_dir, step, write, goes_on(self))
+        logger.warning_rank0(f"Step {step} is skipped: its loss or gradient is not finite (see {ANOMALIES}).")
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        except EvaluationStopped:
+            self.survival.stopping = self.survival.evaluation_due = True
+            self.control.should_evaluate, self.control.should_training_stop = False, True
+            self.save_now()
+
+    def save_now(self) -> None:
+        """Saves a checkpoint of the last step."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def evaluate_now(self) -> None:
+        """Makes the evaluation that was due when the checkpoint was saved."""
+        metrics = self._evaluate(None, None)
+        if self._determine_best_metric(metrics, None) and self.args.save_strategy == SaveStrategy.BEST:
+            self.save_now()
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with told_of_full_disk(self), without_rotation():
+            if self.args.should_save:
+                complete.begin(folder)
+            super()._save_checkpoint(model, trial)
+            due = self.survival is not None and self.survival.evaluation_due
+            window = {**read_window(self), "sums": self._sums.get("train", {}), "due": due}
+            window["processes"] = self.args.world_size
+            folder.mkdir(parents=True, exist_ok=True)  # the first process may be later
+            torch.save(window, folder / WINDOW.format(self.args.process_index))
+
+    def restore_window(self) -> bool:
+        """Gives the terms since the last log back from the checkpoint; returns whether an evaluation is due.
+
+        After another number of processes the first one gets the sums of all, and each the mean loss.
+        """
+        files = sorted(Path(self.args.resume_from_checkpoint).glob(WINDOW.format("*")))
+        windows = {file.name: torch.load(file, map_location=self.args.device, weights_only=True) for file in files}
+        if not windows:
+            return False
+        own = windows.get(WINDOW.format(self.args.process_index))
+        if own is None or own["processes"] != self.args.world_size:
+            own = dict(windows[files[0].name])
+            own["loss"] = torch.stack([window["loss"] for window in windows.values()]).mean()
+            first = self.args.process_index == 0
+            own["sums"] = {key: sum(w["sums"][key] for w in windows.values()) * first for key in own["sums"]}
+        write_window(self, own)
+        if own["sums"]:
+            self._sums["train"] = {key: value.to(self.args.device) for key, value in own["sums"].items()}
+        return own["due"]
 
     # whole models -------------------------------------------------------------------------------------------
 
@@ -363,7 +502,11 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             self._note_bad_images(batch)
             return {"logps": output["logps_sum"], "loss": terms["loss"]}
 
+        lockstep = self.is_deepspeed_enabled or self.is_fsdp_enabled  # all processes must run every forward
+
         def on_batch(_scored):
+            if self.is_in_train and self.survival and self.survival.request.number is not None and not lockstep:
+                raise EvaluationStopped
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ProgressCallback) and callback.prediction_bar is not None:
@@ -372,17 +515,19 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         def on_loader(loader):
             self.callback_handler.eval_dataloader = loader
 
-        rows = scoring.score(
-            score_batch,
-            dataset,
-            positions,
-            self.data_collator,
-            size,
-            condition,
-            num_workers=self.args.dataloader_num_workers,
-            on_batch=on_batch,
-            on_loader=on_loader,
-        )
+        rows = None  # stays so where the evaluation is stopped
+        with torch.random.fork_rng(devices=[]), suppress(EvaluationStopped):  # the loader draws a seed
+            rows = scoring.score(
+                score_batch,
+                dataset,
+                positions,
+                self.data_collator,
+                size,
+                condition,
+                num_workers=self.args.dataloader_num_workers,
+                on_batch=on_batch,
+                on_loader=on_loader,
+            )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
                 callback.on_evaluate(self.args, self.state, self.control)  # the next condition gets its own bar
@@ -392,6 +537,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if self.args.world_size > 1:
             parts = [None] * self.args.world_size
             torch.distributed.all_gather_object(parts, rows)
+        if any(part is None for part in parts):
+            raise EvaluationStopped
         return scoring.merge(parts)
 
 

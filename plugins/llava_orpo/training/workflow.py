@@ -6,6 +6,7 @@ before this point; the step itself is in `trainer`.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from llamafactory.data import PairwiseDataCollatorWithPadding, get_dataset, get_template_and_fix_tokenizer
@@ -19,9 +20,12 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 
 from .. import upstream
 from ..data.skipped import report_skipped, summarize_skipped
+from ..errors import hide_tracebacks_of_foreseen_errors
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
+from .stopping import StopRequest
+from .survival import attach, choose_checkpoint, same_command, told_what_to_do
 from .trainer import SharedPrefixTrainer
 
 if TYPE_CHECKING:
@@ -44,35 +48,60 @@ PLOTTED = (
 
 
 def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None) -> None:
-    """Trains, saves and evaluates, as the recipe's `do_train` and `do_eval` say."""
+    """Trains, saves and evaluates, as the recipe's `do_train` and `do_eval` say.
+
+    A signal ends the process (see `stopping`); a failure of the machine raises UserError (see `survival`).
+    """
+    if "LOCAL_RANK" in os.environ:  # a process of torchrun, which `early` has not prepared
+        hide_tracebacks_of_foreseen_errors()
     secrets.put_away(run, training_args, finetuning_args)
-    trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks)
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model()
-        if finetuning_args.include_effective_tokens_per_second:
-            speed = checks.tokens_per_second(trainer.train_dataset, result.metrics)
-            result.metrics["effective_tokens_per_sec"] = speed
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        if trainer.is_world_process_zero() and finetuning_args.plot_loss:
-            logged = {key for entry in trainer.state.log_history for key in entry}
-            curves = [*PLOTTED, *sorted(key for key in logged if key.startswith("eval_") and key.endswith("_loss"))]
-            plot_loss(training_args.output_dir, keys=[key for key in dict.fromkeys(curves) if key in logged])
-    if training_args.do_eval:
-        metrics = (run.shared_prefix and trainer.evaluated_now()) or trainer.evaluate(metric_key_prefix="eval")
-        if finetuning_args.use_ref_model and not (training_args.do_train or finetuning_args.ref_model):
-            metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # it is its own reference
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.accelerator.wait_for_everyone()  # every rank has listed the pairs it left out
-    if trainer.is_world_process_zero():
-        summarize_skipped(training_args.output_dir)
-    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+    with StopRequest() as request:
+        if not training_args.do_train:
+            request.phase = "during the evaluation. The same command starts it again"
+        choose_checkpoint(run, training_args)
+        trainer = build(run, model_args, data_args, training_args, finetuning_args, callbacks, request)
+        with told_what_to_do(trainer):
+            if training_args.do_train:
+                _train(trainer, request, training_args, finetuning_args)
+                if request.number is not None:  # it came after the last step
+                    request.end(f"Stopped by {request.name} {request.phase}.")
+            if training_args.do_eval:
+                _evaluate(trainer, run, training_args, finetuning_args)
+            trainer.accelerator.wait_for_everyone()  # every rank has listed the pairs it left out
+            if trainer.is_world_process_zero():
+                summarize_skipped(training_args.output_dir)
+            create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def build(run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None) -> CustomDPOTrainer:
+def _train(trainer, request: StopRequest, training_args, finetuning_args) -> None:
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.survival.stopping:
+        step, again = trainer.state.global_step, same_command(training_args)
+        request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. T{again[1:]} goes on.")
+    trainer.save_model()
+    if finetuning_args.include_effective_tokens_per_second:
+        speed = checks.tokens_per_second(trainer.train_dataset, result.metrics)
+        result.metrics["effective_tokens_per_sec"] = speed
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero() and finetuning_args.plot_loss:
+        logged = {key for entry in trainer.state.log_history for key in entry}
+        curves = [*PLOTTED, *sorted(key for key in logged if key.startswith("eval_") and key.endswith("_loss"))]
+        plot_loss(training_args.output_dir, keys=[key for key in dict.fromkeys(curves) if key in logged])
+
+
+def _evaluate(trainer, run: Run, training_args, finetuning_args) -> None:
+    metrics = (run.shared_prefix and trainer.evaluated_now()) or trainer.evaluate(metric_key_prefix="eval")
+    if finetuning_args.use_ref_model and not (training_args.do_train or finetuning_args.ref_model):
+        metrics = {key: value for key, value in metrics.items() if "rewards" not in key}  # it is its own reference
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def build(
+    run: Run, model_args, data_args, training_args, finetuning_args, callbacks=None, request: StopRequest | None = None
+) -> CustomDPOTrainer:
     """The trainer: a SharedPrefixTrainer, or the stock one where the shared-prefix step is off or cannot serve.
 
     Raises UserError for what `check` and `read_rows` refuse.
@@ -92,6 +121,7 @@ def build(run: Run, model_args, data_args, training_args, finetuning_args, callb
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
         reference = model if own else create_ref_model(model_args, finetuning_args)
+    training_args.logging_nan_inf_filter = False  # it hides a diverging loss, and waits for the device twice per batch
     shared = dict(
         model=model,
         ref_model=reference,
@@ -103,12 +133,16 @@ def build(run: Run, model_args, data_args, training_args, finetuning_args, callb
     )
     if run.shared_prefix:
         collator = SharedPrefixCollator.of(processor, model, run.arguments, training_args.world_size)
-        return SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
+        trainer = SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
+        attach(trainer, request or StopRequest())
+        return trainer
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
     collator = PairwiseDataCollatorWithPadding(
         template=template, model=model, pad_to_multiple_of=8, label_pad_token_id=ignored, **module
     )
-    return CustomDPOTrainer(data_collator=collator, **shared)
+    trainer = CustomDPOTrainer(data_collator=collator, **shared)
+    attach(trainer, request or StopRequest())
+    return trainer
 
 
 def check(run: Run, model_args, data_args, training_args, finetuning_args) -> str:
