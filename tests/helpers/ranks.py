@@ -48,3 +48,7 @@ def train_on_processes(
 if __name__ == "__main__":
     for one in json.loads(Path(sys.argv[1]).read_text()):
         train(one)
+    import torch
+
+    if torch.distributed.is_initialized():  # its threads may abort a process that just ends
+        torch.distributed.destroy_process_group()

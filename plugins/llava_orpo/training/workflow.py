@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import torch
 from llamafactory.data import PairwiseDataCollatorWithPadding, get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.constants import IGNORE_INDEX
@@ -76,6 +77,8 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
 def _train(trainer, request: StopRequest, training_args, finetuning_args) -> None:
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.survival.stopping:
+        if torch.distributed.is_initialized():  # its threads would abort a process that just ends
+            torch.distributed.destroy_process_group()
         step, again = trainer.state.global_step, same_command(training_args)
         request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. T{again[1:]} goes on.")
     trainer.save_model()
