@@ -349,6 +349,14 @@ def test_a_dataset_of_the_hub_is_read_from_its_snapshot(tmp_path, monkeypatch):
         aligned(tmp_path, "split")
 
 
+def test_a_hub_that_gives_nothing_is_an_error_of_one_line(tmp_path):
+    entry = {"hf_hub_url": "some/pairs", "formatting": "rlaif_v", "ranking": True}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    with pytest.raises(UserError, match="rows: some/pairs was not got from the Hub .*Check the name") as caught:
+        aligned(tmp_path)  # HF_HUB_OFFLINE, and no such snapshot
+    assert "\n" not in str(caught.value)
+
+
 def test_files_and_cached_texts_that_do_not_fit_are_found(tmp_path, monkeypatch):
     write_files(tmp_path, photo_rows(4, 1))
     fewer = datasets.Dataset.from_dict({"question": ["a"]})

@@ -99,12 +99,16 @@ def _folder(name: str, dataset_attr, model_args, data_args) -> str:
     """
     if dataset_attr.load_from == "hf_hub":
         below = f"{dataset_attr.folder.strip('/')}/" if dataset_attr.folder else ""
-        return snapshot_download(
-            dataset_attr.dataset_name,
-            repo_type="dataset",
-            allow_patterns=[f"{below}*{SUFFIX}", "README.md"],  # `*` goes through folders; README.md names the subsets
-            token=model_args.hf_hub_token,
-        )
+        wanted = [f"{below}*{SUFFIX}", "README.md"]  # `*` goes through folders; README.md names the subsets
+        try:
+            return snapshot_download(
+                dataset_attr.dataset_name, repo_type="dataset", allow_patterns=wanted, token=model_args.hf_hub_token
+            )
+        except OSError as error:  # of the network, of the Hub's answers, of an empty cache
+            raise UserError(
+                f"{name}: {dataset_attr.dataset_name} was not got from the Hub ({' '.join(str(error).split())}). "
+                "Check the name, the network and the token (`hf_hub_token`)."
+            ) from error
     place = os.path.join(data_args.dataset_dir, dataset_attr.dataset_name)
     if dataset_attr.load_from != "script" or not os.path.isdir(place):
         raise UserError(

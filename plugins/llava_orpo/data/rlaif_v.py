@@ -198,6 +198,7 @@ def build_held_index(
         num_proc=_processes(num_proc, len(texts)),
         desc="Reading image headers",
     )
+    parquet_rows.reader.cache_clear()  # a row group's places and an open page
     refs = columns.array(index, "_ref")
     # a reference that ends with its separator has no place
     far = pc.sum(pc.and_(pc.starts_with(refs, image_store.PARQUET), pc.ends_with(refs, "#"))).as_py() or 0
