@@ -147,6 +147,12 @@ def test_other_files_are_read_by_row_group_and_a_run_says_so(tmp_path, how, monk
     assert len(said) == 1 and said[0].startswith("12 of 12 images can only be read with their whole row group")
 
 
+def test_several_processes_make_the_same_index(tmp_path, monkeypatch):
+    made = write_files(tmp_path, photo_rows(14, 1), files=3, row_group_size=3)
+    monkeypatch.setattr(rlaif_v, "_processes", lambda *_: 3)  # as for thousands of rows
+    assert [image_store.read_bytes(ref) for ref in references(tmp_path)] == [row["image"]["bytes"] for row in made]
+
+
 def test_kept_row_groups_are_bounded(tmp_path, monkeypatch):
     made = write_files(tmp_path, photo_rows(12, 1), row_group_size=2, compression="zstd")
     refs = references(tmp_path)
