@@ -19,6 +19,7 @@ import orpo_step
 import peers
 import setting
 import starts
+import storage
 
 from llava_orpo.plan import report
 
@@ -141,6 +142,7 @@ def page(folder: Path) -> str:
     sections = {
         "## Evaluation": ("eval_*.json", eval_speed.show),
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
+        "## Images from an Arrow copy and from parquet": ("storage.json", storage.show),
         "## From start to first step": ("starts_*.json", starts.show),
         "## Whole runs against other toolkits": ("peers_*.json", peers.show),
     }

@@ -76,6 +76,14 @@ class PluginArguments:
             "Chosen by a hash of the image's bytes: deterministic, and no image is in both parts."
         },
     )
+    image_storage: Literal["arrow", "parquet"] = field(
+        default="arrow",
+        metadata={
+            "help": "Where the images of datasets with `formatting: rlaif_v` are read from. arrow: from the Arrow copy "
+            "that `datasets` makes of any kind of file; parquet: from the parquet files themselves, so that only the "
+            "texts are copied. The pairs, their order and their tokens are the same."
+        },
+    )
     verify_images: Literal["header", "full"] = field(
         default="header",
         metadata={

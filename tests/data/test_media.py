@@ -154,7 +154,8 @@ def test_problems_of_other_formats(places):
     for image in ("../private/private.png", "/etc/passwd", {"bytes": None, "path": "/etc/passwd"}):
         assert "outside the folders" in problem_of(image, folders, own)
         assert "from a Hub" in problem_of(image, [], own)
-    assert "not the path" in problem_of("arrow:/etc/x.arrow#image#0", folders, own)
+    for own_reference in ("arrow:/etc/x.arrow#image#0", "parquet:/etc/passwd#image#9-9#0#0#0,9,0,0,9"):
+        assert "not the path" in problem_of(own_reference, folders, own)
     assert "cannot exist" in problem_of("a\0", folders, own)
     assert "text" in problem_of({"bytes": "/etc/passwd", "path": None}, folders, own)
     assert "neither" in problem_of(5, folders, own)

@@ -72,6 +72,15 @@ def test_data_side(smoke):
 
 
 @pytest.mark.heavy
+def test_storage(smoke):
+    result = smoke("storage.py", "storage")
+    has(result, "rows", "parquet_bytes", "sides")
+    for name, side in result["sides"].items():
+        assert side["in_reach"] == 1.0 and side["read"]["images_per_second"] > 0
+        assert (side["cache_bytes"] < 0.2 * result["parquet_bytes"]) == name.startswith("parquet")
+
+
+@pytest.mark.heavy
 def test_starts(smoke):
     result = smoke("starts.py", "starts")
     has(result, "rows", "sides")

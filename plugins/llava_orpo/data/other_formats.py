@@ -63,7 +63,7 @@ def problem_of(image: Any, folders: list[str], media_dir: str | None) -> str:
         return f"bad image: {type(image).__name__} is neither a path nor bytes"
     if not folders:
         return "bad image: " + media.HUB_REASON.format(image)
-    if image.startswith(image_store.ARROW):
+    if image.startswith(image_store.OWN):
         return f"bad image: {image!r} is not the path of a file"
     try:
         below = os.path.join(media_dir, image) if media_dir else image

@@ -20,10 +20,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from datasets.utils import tqdm
 from llamafactory.data.converter import DatasetConverter
+from llamafactory.extras import logging
 
 from ..arguments import PluginArguments
 from ..errors import UserError
-from . import columns, image_store, images, media, rows
+from . import columns, image_store, images, media, parquet_rows, rows
+
+logger = logging.get_logger("llamafactory." + __name__)
 
 # parts of the cache keys: raise one when its function gives other columns or values
 INDEX_VERSION = 2  # index_images
@@ -53,6 +56,7 @@ class DatasetRequest:
     entry_filter: dict[str, Any] | None = None
     max_samples: int | None = None
     num_samples: int | None = None
+    held: parquet_rows.HeldImages | None = None  # images that are no column of the dataset, but stay in parquet files
     skipped: list[dict[str, Any]] = field(default_factory=list)  # filled by `align`
     considered: int = 0
 
@@ -76,16 +80,47 @@ def index_images(batch, indices, *, column, file, media_dirs, verify, version, s
     key another one when this function, or the state of the files that the paths name, is another one.
     With `verify="full"` every image is decoded once. Batched function for `datasets.map`.
     """
+    return _index(
+        batch[column],
+        lambda position, data: image_store.arrow_reference(file, column, indices[position]),
+        column,
+        media_dirs,
+        verify,
+    )
+
+
+def index_held_images(batch, indices, *, files, column, media_dirs, verify, version):
+    """As `index_images`, for images that stay in parquet files. The batch itself holds other columns.
+
+    files: of `parquet_rows.HeldImages`; their stamps are part of the cache key.
+    """
+    out: dict[str, list] = {}
+    for file, stamp, first, count in parquet_rows.by_file(files, indices):
+        reader = parquet_rows.reader(file, stamp, column)
+        found = _index(
+            reader.rows(first, count),
+            lambda position, data, reader=reader, first=first: reader.reference(first + position, data),
+            column,
+            media_dirs,
+            verify,
+        )
+        for key, values in found.items():
+            out.setdefault(key, []).extend(values)
+    return out
+
+
+def _index(cells, reference, column: str, media_dirs: list[str], verify: str) -> dict[str, list]:
+    """The index rows of these cells. reference: gives that of a cell from its position and its bytes."""
     out = {"_ref": [], "_hash": [], "_width": [], "_height": [], "_problem": []}
-    for value, row in zip(batch[column], indices, strict=True):
+    for position, value in enumerate(cells):
         ref, digest, size, problem = "", "", (0, 0), ""
         try:
             if value is None or (isinstance(value, dict) and value.get("bytes") is None and not value.get("path")):
                 problem = "no image"
             else:
                 if isinstance(value, dict) and value.get("bytes") is not None:
-                    ref = image_store.arrow_reference(file, column, row)
                     data = value["bytes"]
+                    ref = reference(position, data)
                     if not isinstance(data, bytes):  # text, which would be opened as a path
                         raise images.ImageError(f"column {column!r} holds {type(data).__name__}, not bytes")
                 else:
@@ -147,6 +182,35 @@ def build_index(dataset: Dataset, column: str, media_dirs: list[str], verify: st
     return concatenate_datasets(parts)
 
 
+def build_held_index(
+    texts: Dataset, held: parquet_rows.HeldImages, media_dirs: list[str], verify: str, num_proc: int | None
+) -> Dataset:
+    """The same for images that stay in parquet files. texts: what else the files hold, row by row."""
+    index = texts.select_columns(texts.column_names[:1]).map(
+        index_held_images,
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        remove_columns=texts.column_names[:1],
+        fn_kwargs=dict(
+            files=held.files, column=held.column, media_dirs=media_dirs, verify=verify, version=INDEX_VERSION
+        ),
+        num_proc=_processes(num_proc, len(texts)),
+        desc="Reading image headers",
+    )
+    parquet_rows.reader.cache_clear()  # a row group's places and an open page
+    refs = columns.array(index, "_ref")
+    # a reference that ends with its separator has no place
+    far = pc.sum(pc.and_(pc.starts_with(refs, image_store.PARQUET), pc.ends_with(refs, "#"))).as_py() or 0
+    size = parquet_rows.largest_group(held) if far else 0
+    if size > parquet_rows.LARGE_GROUP:
+        logger.warning_rank0(
+            f"{far} of {len(index)} images can only be read with their whole row group (up to {size / 1e6:,.0f} MB for "
+            "one image): write the parquet files with compression snappy or none, or with smaller row groups."
+        )
+    return index
+
+
 def _by_arrow_file(dataset: Dataset, column: str) -> list[tuple[str, Dataset]]:
     """The dataset cut at its Arrow files, so that (file, row) names every image.
 
@@ -177,18 +241,21 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
     / `max_samples`, conversion by `RlaifVConverter`.
     """
     column = dataset_attr.images or "image"
-    if column not in dataset.column_names and "image_path" in dataset.column_names:
+    media_dirs = media.folders_of(dataset_attr, data_args)
+    if request.held is None and column not in dataset.column_names and "image_path" in dataset.column_names:
         column = "image_path"
-    if column not in dataset.column_names and not request.arguments.allow_text_only:
+    known = request.held is not None or column in dataset.column_names
+    if not known and not request.arguments.allow_text_only:
         raise UserError(
             f"{request.name}: no column {column!r} (columns: {', '.join(dataset.column_names)}). Name the image "
             "column under `columns: {images: …}` in dataset_info.json, or set `allow_text_only: true`."
         )
 
     texts = dataset
-    if column in dataset.column_names:
+    if request.held is not None:
+        index = build_held_index(texts, request.held, media_dirs, request.arguments.verify_images, num_proc)
+    elif known:
         dataset = image_store.undecoded(dataset, column)
-        media_dirs = media.folders_of(dataset_attr, data_args)
         index = build_index(dataset, column, media_dirs, request.arguments.verify_images, num_proc)
         keep_text = dataset.column_names if column == "image_path" else [c for c in dataset.column_names if c != column]
         texts = dataset.select_columns(keep_text)
@@ -200,8 +267,8 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
         texts, CHECKED, check_texts, f"Checking the texts of {request.name}", num_proc, version=TEXTS_VERSION
     )
     kept = _choose(texts, index, checks, request, num_proc)
-    known = [c for c in CONVERTED if c in texts.column_names]
-    joined = concatenate_datasets([texts.select_columns(known), index, checks], axis=1)
+    converted = [c for c in CONVERTED if c in texts.column_names]
+    joined = concatenate_datasets([texts.select_columns(converted), index, checks], axis=1)
     return joined.select(range(len(joined)) if len(kept) == len(joined) else kept).map(
         RlaifVConverter(dataset_attr, data_args, request.name),
         batched=True,

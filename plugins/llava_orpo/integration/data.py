@@ -13,7 +13,7 @@ from llamafactory.data import loader
 from llamafactory.extras import logging
 from pyarrow import ArrowInvalid
 
-from ..data import columns, json_rows, rlaif_v
+from ..data import columns, json_rows, parquet_rows, rlaif_v
 from ..data.other_formats import leave_out_strange_paths
 from ..data.pairs import PairProcessor
 from ..data.skipped import stop_at_bad_row
@@ -59,6 +59,9 @@ def sample_after_filter(original):
             dataset = json_rows.load(files, dataset_attr.images, model_args.cache_dir)
             return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
         try:
+            if request.arguments.image_storage == "parquet" and not data_args.streaming:
+                dataset, request.held = parquet_rows.load(request.name, dataset_attr, model_args, data_args)
+                return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
             return original(dataset_attr, model_args, data_args, training_args)
         except (DatasetGenerationError, ArrowInvalid) as error:
             cause = " ".join(str(error.__cause__ or error).split())

@@ -48,7 +48,8 @@ def refuse_unsupported(config, model_args, data_args) -> None:
     if data_args.streaming:
         raise UserError(
             "streaming: true is not supported with plugins: llava_orpo: the held-out split and the image index need "
-            "the whole dataset once. Leave it out; nothing but one Arrow copy is written."
+            "the whole dataset once. Leave it out; with `image_storage: parquet` not even one Arrow copy of the images "
+            "is written."
         )
     if os.path.isdir(model_args.model_name_or_path) and not model_args.train_from_scratch:
         check_folder(model_args.model_name_or_path)
