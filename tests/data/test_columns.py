@@ -70,7 +70,8 @@ def test_nothing_reads_a_column_value_by_value(tmp_path, whole_columns_only, gro
     trainer = build_trainer(tmp_path, keys)
     train, held = trainer.train_dataset, trainer.eval_dataset
     assert len(train) and len(held)
-    assert sorted(trainer._get_train_sampler()) == list(range(len(train)))
+    order = trainer._get_train_sampler()
+    assert sorted(order.pairs(0)) == list(range(len(train))) and len(list(order)) == len(order)
     next(iter(trainer.get_train_dataloader()))
     processes = SimpleNamespace(world_size=2, output_dir=str(tmp_path))
     checks.refuse_unusable_rows({"train_dataset": train, "eval_dataset": held}, trainer.plugin, processes)
