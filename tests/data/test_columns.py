@@ -74,7 +74,8 @@ def test_nothing_reads_a_column_value_by_value(tmp_path, whole_columns_only, gro
     assert sorted(order.pairs(0)) == list(range(len(train))) and len(list(order)) == len(order)
     next(iter(trainer.get_train_dataloader()))
     processes = SimpleNamespace(world_size=2, output_dir=str(tmp_path))
-    checks.refuse_unusable_rows({"train_dataset": train, "eval_dataset": held}, trainer.plugin, processes)
+    run = SimpleNamespace(arguments=trainer.plugin, shared_prefix=False)
+    checks.refuse_unusable_rows({"train_dataset": train, "eval_dataset": held}, run, processes)
     assert checks.tokens_per_second(train, {"epoch": 1.0, "train_runtime": 1.0}) > 0
 
     shuffled = held.shuffle(seed=0)
