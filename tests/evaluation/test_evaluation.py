@@ -235,7 +235,7 @@ def test_the_question_that_is_shown_is_the_users_own(name, kind, tmp_path):
                 "_prompt": [[{"role": "user", "content": question}] for question in QUESTIONS],
                 "_response": [[{"content": "Yes, it is."}, {"content": "No."}]] * n,
                 "_images": [[image]] * n,
-                "_identity": [{**identity, "pair_id": str(i)} for i in range(n)],
+                "_identity": [{**identity, "pair_id": str(i), "row": i} for i in range(n)],
             }
         )
     )

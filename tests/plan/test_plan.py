@@ -88,5 +88,5 @@ def test_check_goes_on_after_an_error_and_says_what_to_do():
 def test_a_full_disk_is_found_before_training(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    (problem,) = precheck.problems({"model_name_or_path": "a/b", "output_dir": str(tmp_path / "new")})
+    (problem,) = precheck.problems({"model_name_or_path": "a/b", "do_train": True, "output_dir": str(tmp_path / "new")})
     assert "output_dir" in problem and "free" in problem

@@ -18,7 +18,7 @@ from helpers.same_training import (
     rows_of,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one fixture trains for all
 
 
 @pytest.fixture(scope="module")
