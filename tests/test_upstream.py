@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
 from helpers.llava import tiny_llava
@@ -29,6 +30,8 @@ def test_a_folder_is_checked_while_zero3_is_on():
     alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     try:
         assert deepspeed.is_deepspeed_zero3_enabled()
+        with pytest.raises(Exception), torch.device("meta"):  # noqa: B017 - of what kind depends on DeepSpeed's set-up
+            LlavaNextForConditionalGeneration(LlavaNextConfig.from_dict(config))
         assert expected_tensors(config) == expected
         assert deepspeed.is_deepspeed_zero3_enabled(), "it is on again afterwards"
         with upstream.without_zero_init():
@@ -48,12 +51,17 @@ def test_the_default_wrap_policy_finds_its_layers():
     assert inner._no_split_modules == {"CLIPEncoderLayer", type(inner.get_decoder().layers[0]).__name__}
 
 
-def test_an_optimizer_is_loaded_onto_a_numbered_cpu():
+def test_an_optimizer_is_loaded_onto_a_numbered_cpu(monkeypatch):
+    registry = [entry for entry in torch.serialization._package_registry if entry[2] is not upstream._same_storage]
+    monkeypatch.setattr(torch.serialization, "_package_registry", registry)
+    saved = io.BytesIO()
+    torch.save({"step": torch.arange(3)}, saved)
+    saved.seek(0)
+    with pytest.raises(RuntimeError, match="don't know how to restore data location"):
+        torch.load(saved, map_location=torch.device("cpu:0"), weights_only=True)
     upstream.load_onto_numbered_cpus()
     upstream.load_onto_numbered_cpus()  # twice is once
     assert sum(entry[2] is upstream._same_storage for entry in torch.serialization._package_registry) == 1
-    saved = io.BytesIO()
-    torch.save({"step": torch.arange(3)}, saved)
     saved.seek(0)
     loaded = torch.load(saved, map_location=torch.device("cpu:0"), weights_only=True)
     assert torch.equal(loaded["step"], torch.arange(3))
