@@ -128,11 +128,9 @@ def show(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, smoke="a few rows: does it run")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--collate", type=int, default=40, help="pairs to collate for the median")
-    parser.add_argument("--smoke", action="store_true", help="a few rows: does it run")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -87,14 +87,12 @@ def show(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, smoke="smallest model, one repeat: does it run")
     parser.add_argument("--geometry", choices=setting.GEOMETRIES, default="mid")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--pairs-per-image", type=int, default=1)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="smallest model, one repeat: does it run")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTION_OPS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def parser(doc: str, smoke: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `smoke` says what its quick run leaves out."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--smoke", action="store_true", help=smoke)
+    made.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
+    return made
 
 
 def machine() -> dict[str, Any]:

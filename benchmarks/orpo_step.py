@@ -146,13 +146,11 @@ def show(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, smoke="smallest model, one repeat: does it run")
     parser.add_argument("--geometry", choices=setting.GEOMETRIES, default="mid")
     parser.add_argument("--pairs-per-image", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
-    parser.add_argument("--smoke", action="store_true", help="smallest model, one repeat: does it run")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:

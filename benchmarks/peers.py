@@ -11,7 +11,6 @@ and optimizer included; peak memory is the whole process's maximum resident set.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -159,13 +158,11 @@ def show(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, smoke="smallest model, 2 steps: does it run")
     parser.add_argument("--geometry", choices=setting.GEOMETRIES, default="mid")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--venv", type=Path, default=setting.ROOT / ".venv-ms-swift")
     parser.add_argument("--without-swift", action="store_true", help="LLaMA-Factory and ours only")
-    parser.add_argument("--smoke", action="store_true", help="smallest model, 2 steps: does it run")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
     args = parser.parse_args()
     if args.smoke:
         args.geometry, args.steps = "smoke", 2

@@ -221,12 +221,10 @@ def show(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, smoke="a few rows: does it run")
     parser.add_argument("--rows", type=int, default=83_132)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--limit", type=float, default=600, help="seconds after which LLaMA-Factory is stopped")
-    parser.add_argument("--smoke", action="store_true", help="a few rows: does it run")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
