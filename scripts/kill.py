@@ -39,6 +39,8 @@ from llava_orpo.files import write_json
 
 SERIES = ("checkpoint", "random", "evaluation", "grouped", "sigterm", "rank")
 STEPS_PER_EPOCH = 6
+EVALUATION_BATCHES = 10  # not the number of steps: the two progress bars are told apart by it
+MISSES = 10  # trainings in a row that were over before the moment of the kill came
 TIMES = ("time", "runtime", "per_second", "data_wait_fraction", "elapsed", "remaining")
 WAIT_SECONDS = 300.0
 
@@ -103,6 +105,7 @@ def main(argv: list[str]) -> int:
 
 def _run_series(out, name: str, kind: str, folder: Path, count: int, seconds: float, draw) -> list[Kill]:
     done: list[Kill] = []
+    missed = 0
     while len(done) < count:
         training = _Training(out, kind, folder)
         started = time.monotonic()
@@ -111,7 +114,11 @@ def _run_series(out, name: str, kind: str, folder: Path, count: int, seconds: fl
             if training.wait():
                 raise UserError(f"A training of the series {name} failed: see {folder}.log.")
             shutil.rmtree(folder)  # it was over before its moment came
+            missed += 1
+            if missed == MISSES:
+                raise UserError(f"--series {name}: {MISSES} trainings in a row were over before they could be killed.")
             continue
+        missed = 0
         training.kill(signal.SIGTERM if name == "sigterm" else signal.SIGKILL, draw)
         half = any(folder.glob("checkpoint-*/.saving"))
         done.append(Kill(name, reached, round(time.monotonic() - started, 3), _logged_step(folder), half))
@@ -157,7 +164,8 @@ def _in_an_evaluation(training, folder, seconds, draw) -> str:
     earlier = draw.choice((0, 1, 1, 2))
     _poll(training, lambda: training.printed().count(b"'eval_loss'") >= earlier)
     printed = len(training.printed())
-    _poll(training, lambda: b"evaluation, true image" in training.printed()[printed:])
+    # the bar's first line: its name may come too late, because a bar is printed again only after a tenth of a second
+    _poll(training, lambda: f"| 0/{EVALUATION_BATCHES} [".encode() in training.printed()[printed:])
     wait = draw.uniform(0, 0.1)
     time.sleep(wait)
     return f"{wait * 1000:.0f} ms into an evaluation, after {earlier} others"
@@ -285,7 +293,7 @@ def _keys(out: Path, kind: str, folder: Path) -> dict:
         "output_dir": str(folder),
         "report_to": "none",
         "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 2,
+        "per_device_eval_batch_size": 2,  # EVALUATION_BATCHES batches
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
@@ -310,7 +318,7 @@ def _make_data(out: Path) -> None:
 
     random_model.write(random_model.Geometry((64, 128, 2, 4, 2), (32, 64, 3, 2), tile=56), out / "model")
     info = {}
-    for name, images, pairs in (("train", 8, 3), ("heldout", 6, 2)):
+    for name, images, pairs in (("train", 8, 3), ("heldout", EVALUATION_BATCHES, 2)):
         photo_pairs.write(
             out / f"{name}.parquet", photo_pairs.rows(images, pairs, 8, 5, sizes=[(300, 200), (200, 300)])
         )
