@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from helpers import forks
 from helpers.paths import ROOT
 from llava_orpo.export import original_files, original_tokenizer
 from llava_orpo.tiny import photo_pairs
@@ -114,15 +118,20 @@ def tokenized(folder: Path, keys: dict):
     return out["train_dataset"], out.get("eval_dataset")
 
 
-def run_cli(*words: str, env: dict | None = None, check: bool = True, timeout: int = 600):
-    """Runs `llamafactory-cli …` of this environment from the repository's root; returns the finished process."""
-    import os
-    import subprocess
+def run_cli(*words: str, env: dict | None = None, check: bool = True, timeout: int = 600, fresh: bool = False):
+    """Runs `llamafactory-cli …` of this environment from the repository's root; returns the finished process.
 
+    fresh: start the real program, in place of a fork that has imported everything; always where torchrun starts it.
+    """
     programs = Path(sys.executable).parent
     command = [str(programs / "llamafactory-cli"), *map(str, words)]
+    fresh = fresh or "FORCE_TORCHRUN" in (env or {})
     env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **(env or {})}  # it starts torchrun by name
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    if fresh:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            done = forks.run(command, env, Path(folder), timeout)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill
 import psutil
 import pytest
 import torch
@@ -103,22 +104,23 @@ def assert_as_whole(folder: Path, name: str, logs: bool = True) -> None:
 # kills --------------------------------------------------------------------------------------------------------
 
 
-def kill_harness(out: Path, *words: str, timeout: int) -> dict:
-    command = [sys.executable, str(ROOT / "scripts" / "kill.py"), "--out", str(out), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
-    return json.loads((out / "kills.json").read_text())
+def survived(out: Path, *words: str) -> list[dict]:
+    """The kills that scripts/kill.py made, in this process, which has imported everything; all left no trace."""
+    assert kill.main(["--out", str(out), *words]) == 0
+    made = json.loads((out / "kills.json").read_text())
+    assert made["survived"] == len(made["kills"])
+    return made["kills"]
 
 
 def test_kills_in_a_checkpoint_and_in_an_evaluation_leave_no_trace(tmp_path):
-    made = kill_harness(tmp_path / "out", "--kills", "3", "--series", "checkpoint,evaluation", timeout=300)
-    assert made["survived"] == 3
-    assert any(kill["half_written"] for kill in made["kills"])
+    kills = survived(tmp_path / "out", "--kills", "3", "--series", "checkpoint,evaluation")
+    assert [entry["series"] for entry in kills] == ["checkpoint", "checkpoint", "evaluation"]
+    assert any(entry["half_written"] for entry in kills)
 
 
 @pytest.mark.heavy
 def test_twenty_kills_in_every_series_leave_no_trace(tmp_path):
-    assert kill_harness(tmp_path / "out", "--kills", "20", timeout=3000)["survived"] == 20
+    assert len(survived(tmp_path / "out", "--kills", "20")) == 20
 
 
 def test_a_half_written_checkpoint_is_set_aside_and_named(folder, caplog, capfd):
@@ -250,7 +252,7 @@ def test_a_folder_that_becomes_read_only_stops_with_what_to_do(folder):
 def test_an_unwritable_output_folder_is_refused_in_the_first_seconds(folder):
     (folder / "file").write_text("")
     path = write_recipe(folder, {**KEYS, "output_dir": str(folder / "file" / "out")}, name="unwritable")
-    done = run_cli("train", path, check=False)
+    done = run_cli("train", path, check=False, fresh=True)
     assert done.returncode == 2
     assert done.stderr == f"error: output_dir: {folder}/file is a file, not a folder; name another folder.\n"
 

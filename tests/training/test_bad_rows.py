@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.corruption import wrong_crc
-from helpers.recipes import photo_rows, run_cli, write_recipe, write_rows
+from helpers.recipes import photo_rows, recipe, run_cli, write_recipe, write_rows
 from helpers.serving import picture, png
 
 TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
@@ -47,7 +47,7 @@ def test_an_image_that_does_not_decode_stops_the_run_if_the_recipe_says_so(tmp_p
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_two_ranks_stop_too(tmp_path):
     write(tmp_path, (2,))
     path = write_recipe(tmp_path, {**KEYS, "num_train_epochs": 1, "bad_rows": "error"})
@@ -57,14 +57,18 @@ def test_two_ranks_stop_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_image_is_listed_once_for_all_ranks_epochs_and_starts(tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.heavy)])
+def test_a_bad_image_is_listed_once_for_all_ranks_epochs_and_starts(tmp_path, processes):
     write(tmp_path, (1, 4))
-    path = write_recipe(tmp_path, {**KEYS, "save_strategy": "epoch", "num_train_epochs": 2})
-    counted = "Left out of this run: 2 pairs (2 when the image was decoded), each listed once in"
+    keys = recipe(tmp_path, {**KEYS, "save_strategy": "epoch", "num_train_epochs": 2})
+    first = write_recipe(tmp_path, {**keys, "per_device_train_batch_size": 2 // processes})
     quiet = {"LLAMAFACTORY_VERBOSITY": "WARN"}
-    # the second start goes on with one process: transformers 5.5.4 cannot resume several on a CPU
-    for words, env in (([], {**TWO, **quiet}), (["resume_from_checkpoint=true"], quiet)):
-        done = run_cli("train", path, *words, env=env)
+    counted = "Left out of this run: 2 pairs (2 when the image was decoded), each listed once in"
+    # the second start goes on with one process and twice as many epochs
+    again = {"per_device_train_batch_size": 2, "resume_from_checkpoint": True, "num_train_epochs": 4}
+    second = write_recipe(tmp_path, {**keys, **again}, name="second")
+    for path, env in ((first, TWO if processes == 2 else {}), (second, {})):
+        done = run_cli("train", path, env={**env, **quiet})
         assert (done.stdout + done.stderr).count(counted) == 1
         assert sorted((entry["stage"], entry["row"]) for entry in listed(tmp_path)) == [
             ("training", 1),
@@ -72,4 +76,4 @@ def test_a_bad_image_is_listed_once_for_all_ranks_epochs_and_starts(tmp_path):
         ]
         assert not list((tmp_path / "out").glob("skipped_rows.rank*"))
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["epoch"] == 2.0 and state["global_step"] == 12  # six of two ranks, six of one
+    assert state["epoch"] == 4.0 and state["global_step"] == 12

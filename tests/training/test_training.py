@@ -96,6 +96,7 @@ def test_photographs_train_at_336_pixels_with_every_log(tmp_path):
         "per_device_train_batch_size=1",
         "learning_rate=1e-3",
         env={"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_DATA_DIR": str(tmp_path / "wandb-data")},
+        fresh=True,
     )
     out = tmp_path / "out"
     lines = log_lines(out)
@@ -265,7 +266,7 @@ def test_export_is_published_and_equals_base_plus_adapter(tmp_path, method):
             "export_device": "cpu",
         }
         path = write_recipe(tmp_path, export, plain=True, name="export")
-        run_cli("export", path)
+        run_cli("export", path, fresh=method == "lora")
         again = run_cli("export", path, check=False)
         assert again.returncode != 0 and "already holds files" in again.stderr
         run_cli("export", path, "overwrite_export_dir=true")
@@ -364,7 +365,7 @@ def test_plain_llamafactory_recipe_still_runs(tmp_path):
         "per_device_train_batch_size": 1,
         "use_cpu": True,
     }
-    run_cli("train", write_recipe(tmp_path, keys, plain=True))
+    run_cli("train", write_recipe(tmp_path, keys, plain=True), fresh=True)
     (line,) = [line for line in log_lines(tmp_path / "plain-out") if "loss" in line]
     assert "sft_loss" not in line and (tmp_path / "plain-out" / "adapter_model.safetensors").exists()
 
