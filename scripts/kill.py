@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -138,12 +139,17 @@ def _poll(training: _Training, met: Callable[[], bool]) -> None:
 
 
 def _any_moment(training, folder, seconds, draw) -> str:
-    if draw.random() < 0.75:  # else: while it is loading, most likely
-        _poll(training, lambda: b"Running training" in training.printed())
-    wait = draw.uniform(0.0, 0.5) * seconds
-    end = time.monotonic() + wait
-    _poll(training, lambda: time.monotonic() >= end)
-    return f"{wait:.2f} s after {'its start' if b'Running training' not in training.printed() else 'loading'}"
+    if draw.random() < 0.25:
+        wait = draw.uniform(0.0, 0.5) * seconds
+        end = time.monotonic() + wait
+        _poll(training, lambda: time.monotonic() >= end)
+        return f"{wait:.2f} s after its start"
+    step = draw.randrange(2 * STEPS_PER_EPOCH)
+    bar = re.compile(rb"\b(\d+)/%d \[" % (2 * STEPS_PER_EPOCH))
+    _poll(training, lambda: max(map(int, bar.findall(training.printed())), default=-1) >= step)
+    wait = draw.uniform(0, 0.3)
+    time.sleep(wait)
+    return f"{wait * 1000:.0f} ms after step {step} or the first one of this start"
 
 
 def _in_a_checkpoint(training, folder, seconds, draw) -> str:
@@ -269,6 +275,7 @@ def _train(keys: dict, log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # a moment is known by what was printed
     from llamafactory.train.tuner import run_exp
 
     run_exp(keys)

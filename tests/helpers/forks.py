@@ -1,4 +1,4 @@
-"""Commands in processes forked from one that has imported everything: a third of a test's time is imports.
+"""`llamafactory-cli` in processes forked from one that has imported everything: a third of a test's time is imports.
 
 The command still gets a process, a command line, an environment and output of its own. What tests a start itself
 (early refusals, torchrun, plain LLaMA-Factory) takes the real program.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ IMPORTED = ("llamafactory.cli", "llamafactory.train.tuner", "llava_orpo.training
 
 
 def run(words: list[str], env: dict[str, str], output: Path, timeout: float) -> subprocess.CompletedProcess:
-    """Runs `llamafactory-cli …` or a Python file with its words. output: a folder for stdout and stderr.
+    """Runs `llamafactory-cli …`. output: a folder for stdout and stderr.
 
     Raises:
         subprocess.TimeoutExpired: it ran longer than `timeout` seconds and was killed.
@@ -46,20 +45,16 @@ def _run(words: list[str], env: dict[str, str], stdout: str, stderr: str) -> Non
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = words
+    from llamafactory.cli import main
+    from llamafactory.extras import logging
+
+    from llava_orpo import early
+
     code: object = 0
     try:
-        if Path(words[0]).suffix == ".py":
-            sys.path.insert(0, str(Path(words[0]).resolve().parent))
-            runpy.run_path(words[0], run_name="__main__")
-        else:
-            from llamafactory.cli import main
-            from llamafactory.extras import logging
-
-            from llava_orpo import early
-
-            logging._get_library_root_logger().setLevel(logging._get_default_logging_level())  # of this environment
-            early.before_llamafactory(words[1:])  # as autoload does when a new program imports the package
-            code = main()
+        logging._get_library_root_logger().setLevel(logging._get_default_logging_level())  # of this environment
+        early.before_llamafactory(words[1:])  # as autoload does when a new program imports the package
+        code = main()
     except SystemExit as ended:
         code = ended.code
     except BaseException:

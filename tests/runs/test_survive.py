@@ -167,6 +167,14 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(folder, capfd,
     assert_as_whole(folder, name)
 
 
+def test_a_training_on_parquet_images_stops_goes_on_and_equals_one_on_arrow(folder):
+    keys = keys_of(folder, "parquet", image_storage="parquet")
+    with pytest.raises(SystemExit):
+        train(keys, At("on_step_begin", 4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train(keys)
+    assert_as_whole(folder, "parquet")
+
+
 def test_a_signal_before_the_training_ends_it_at_once(tmp_path):
     from llava_orpo.training.stopping import StopRequest
 
