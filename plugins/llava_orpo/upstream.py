@@ -11,11 +11,17 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import accelerate.utils
 import numpy as np
 import torch
+from accelerate.utils.constants import OPTIMIZER_NAME
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import StateDictType
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
 
@@ -70,6 +76,46 @@ def load_onto_numbered_cpus() -> None:
     """
     if not any(entry[2] is _same_storage for entry in torch.serialization._package_registry):
         torch.serialization.register_package(40, lambda storage: None, _same_storage)
+
+
+@contextmanager
+def whole_weights(accelerator) -> Iterator[None]:
+    """Inside, Trainer's `save_model` gathers the weights of a sharded model and saves them.
+
+    transformers 5.5.4 saves nothing there under FSDP while `state_dict_type` is SHARDED_STATE_DICT, which is
+    accelerate's choice for FSDP 2: a training would end without a model, and checkpoints would hold no adapter.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.state_dict_type
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = before
+
+
+def _load_fsdp_optimizer(plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, **more) -> None:
+    if plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+        accelerate.utils.load_fsdp_optimizer(plugin, accelerator, optimizer, model, input_dir, optimizer_index, **more)
+        return
+    accelerator.wait_for_everyone()
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}  # with moments, which are zero
+    checkpoint.load(state, checkpoint_id=str(Path(input_dir) / f"{OPTIMIZER_NAME}_{optimizer_index}"))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+@contextmanager
+def fsdp_optimizer_loaded() -> Iterator[None]:
+    """Inside, Trainer loads the state of the optimizer under FSDP 2 as well.
+
+    accelerate 1.11 reads a sharded checkpoint into the state of a new optimizer, which is empty (fsdp_utils.py,
+    load_fsdp_optimizer): nothing is read, and the training goes on without the moments, silently.
+    """
+    import transformers.trainer
+
+    with mock.patch.object(transformers.trainer, "load_fsdp_optimizer", _load_fsdp_optimizer, create=True):
+        yield
 
 
 @contextmanager

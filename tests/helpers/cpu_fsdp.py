@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import FullyShardedDataParallel, _state_dict_utils
+from torch.distributed.fsdp import FullyShardedDataParallel, _optim_utils, _state_dict_utils
 
 from helpers.ranks import train
 
@@ -20,16 +20,17 @@ from helpers.ranks import train
 def allow() -> None:
     """Replaces two initializers (the state's for the choice of FSDP, FSDP1's for the device) and FSDP1's offloading.
 
-    To move whole parameters to the CPU before they are saved is a view of them on a CPU, which FSDP1 then frees: the
-    first process would write freed memory.
+    What FSDP1 saves it first moves to the CPU. On a CPU that is a view of its own buffers, which it then frees (whole
+    parameters) or uses again (both moments of the optimizer would be the second one); without it FSDP1 copies.
     """
     start, wrap = state.AcceleratorState.__init__, FullyShardedDataParallel.__init__
-    unshard = _state_dict_utils._enter_unshard_params_ctx
+    unshard, unflatten = _state_dict_utils._enter_unshard_params_ctx, _optim_utils._unflatten_orig_param_states
 
     def started(self, *args, fsdp_plugin=None, **more):
         start(self, *args, fsdp_plugin=fsdp_plugin, **more)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     def wrapped(self, *args, **more):
         wrap(self, *args, **{**more, "device_id": torch.device("cpu")})  # not cpu:0, which FSDP1 takes for another
@@ -37,7 +38,11 @@ def allow() -> None:
     def unsharded(*args, **more):
         unshard(*args, **{**more, "offload_to_cpu": False})
 
+    def unflattened(info, states, name, shard, to_save, cpu_offload):
+        unflatten(info, states, name, shard, to_save, False)
+
     _state_dict_utils._enter_unshard_params_ctx = unsharded
+    _optim_utils._unflatten_orig_param_states = unflattened
     state.AcceleratorState.__init__, FullyShardedDataParallel.__init__ = started, wrapped
 
 

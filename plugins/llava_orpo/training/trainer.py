@@ -7,7 +7,7 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ from ..step.model import packed_logps, prepare
 from ..step.order import PaddedRows, PairOrder
 from ..upstream import (
     forget_step,
+    fsdp_optimizer_loaded,
     load_onto_numbered_cpus,
     random_state,
     read_window,
     set_random_state,
     set_step_loss,
     step_loss,
+    whole_weights,
     without_rotation,
     write_window,
 )
@@ -397,6 +399,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _is_whole_model(self) -> bool:
         return not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with whole_weights(self.accelerator) if self.is_fsdp_enabled else nullcontext():
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self._is_whole_model():
@@ -411,7 +417,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         load_onto_numbered_cpus()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with fsdp_optimizer_loaded():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self._is_whole_model() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
