@@ -299,6 +299,7 @@ def _keys(out: Path, kind: str, folder: Path) -> dict:
         "cutoff_len": 4096,
         "output_dir": str(folder),
         "report_to": "none",
+        "disable_tqdm": False,  # not what TRANSFORMERS_VERBOSITY says: a moment is known by the bars
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2,  # EVALUATION_BATCHES batches
         "num_train_epochs": 2,

@@ -47,12 +47,14 @@ def _run(words: list[str], env: dict[str, str], stdout: str, stderr: str) -> Non
     sys.argv = words
     from llamafactory.cli import main
     from llamafactory.extras import logging
+    from transformers.utils import logging as transformers_logging
 
     from llava_orpo import early
 
     code: object = 0
     try:
-        logging._get_library_root_logger().setLevel(logging._get_default_logging_level())  # of this environment
+        for one in (logging, transformers_logging):  # of this environment
+            one._get_library_root_logger().setLevel(one._get_default_logging_level())
         early.before_llamafactory(words[1:])  # as autoload does when a new program imports the package
         code = main()
     except SystemExit as ended:
