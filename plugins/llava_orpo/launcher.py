@@ -7,6 +7,7 @@ torchrun before its processes could save.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +21,12 @@ _stopped_by: list[int] = []
 
 
 def prepare() -> None:
-    """Makes this process hand SIGTERM and Ctrl-C on to the training processes. A training itself replaces this."""
+    """Makes this process hand SIGTERM and Ctrl-C on to the training processes. A training itself replaces this.
+
+    Also lets torchrun's restarts (RDZV_ID, MAX_RESTARTS) connect: with the store that torch 2.11 shares between
+    torchrun and its processes, those of a second attempt find the keys of the first one (pytorch issue 135712).
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _hand_on)
@@ -55,8 +61,20 @@ def _hand_on(number: int, frame) -> None:
         end_by_signal(number, f"Stopped by {_name(number)} before the training began. The same command starts again.")
     _stopped_by.append(number)
     for torchrun in torchruns:
-        for process in torchrun.children() or [torchrun]:
+        processes = torchrun.children()
+        for process in processes or [torchrun]:
             process.send_signal(number)
+        if processes and os.environ.get("MAX_RESTARTS", "0") != "0":
+            threading.Thread(target=_end_after, args=(processes, torchrun), daemon=True).start()
+
+
+def _end_after(processes: list, torchrun) -> None:
+    """Ends torchrun once its processes have saved; it would start them again."""
+    import psutil
+
+    psutil.wait_procs(processes)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        torchrun.terminate()
 
 
 def _give_code() -> None:

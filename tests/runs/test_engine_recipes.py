@@ -108,8 +108,9 @@ def test_the_twin_of_fsdp2_trains(tmp_path):
 
 
 @pytest.mark.heavy
-def test_an_elastic_training_goes_on_when_a_process_is_lost(tmp_path):
-    words = [*overridden(tmp_path), "max_steps=40", "eval_strategy=no"]
+@pytest.mark.parametrize("lost", [True, False], ids=["a process is lost", "asked to stop"])
+def test_an_elastic_training_goes_on_when_a_process_is_lost_and_stops_when_it_is_asked_to(tmp_path, lost):
+    words = [*overridden(tmp_path), "max_steps=16", "eval_strategy=no"]
     programs = Path(sys.executable).parent
     env = {**os.environ, **TWO, "RDZV_ID": "elastic", "MAX_RESTARTS": "1", "LLAMAFACTORY_VERBOSITY": "INFO"}
     env["PATH"] = f"{programs}:{env['PATH']}"
@@ -121,13 +122,21 @@ def test_an_elastic_training_goes_on_when_a_process_is_lost(tmp_path):
         while not (tmp_path / "out" / "checkpoint-2" / "complete.json").exists() and time.monotonic() < end:
             assert training.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
-        children = psutil.Process(training.pid).children(recursive=True)
-        next(child for child in children if child.environ().get("RANK") == "1").kill()
+        if lost:
+            children = psutil.Process(training.pid).children(recursive=True)
+            next(child for child in children if child.environ().get("RANK") == "1").kill()
+        else:
+            training.send_signal(signal.SIGTERM)
         code = training.wait(400)
-    assert code == 0, (tmp_path / "log").read_text()[-3000:]
+    printed = (tmp_path / "log").read_text()
+    assert code == (0 if lost else 143), printed[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()]
-    assert [line["current_steps"] for line in lines if "loss" in line] == list(range(1, 41))
-    assert (tmp_path / "log").read_text().count("Running training") == 2
+    steps = [line["current_steps"] for line in lines if "loss" in line]
+    if lost:
+        assert steps == list(range(1, 17)) and printed.count("Running training") == 2
+    else:
+        assert re.search(rf"Stopped by SIGTERM at step {steps[-1]}; checkpoint-{steps[-1]} is saved", printed)
+        assert steps[-1] < 16 and printed.count("Running training") == 1
 
 
 SRUN = """#!/usr/bin/env bash
