@@ -198,6 +198,11 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    @property
+    def response_tokens(self) -> tuple[int, int]:
+        """Tokens of all chosen responses, and of all rejected ones."""
+        return sum(self.response_lengths[: self.n_pairs]), sum(self.response_lengths[self.n_pairs :])
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
         return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
@@ -234,6 +239,14 @@ def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = Non
     if pair_index == 0:
         raise ValueError("nothing to pack: no group was given")
     return row.finish()
+
+
+def packed_length(group: Sequence[TokenPair]) -> int:
+    """The tokens that `pack` makes of a group, without packing it."""
+    prompts = {tuple(pair.prompt_ids) for pair in group}
+    shared = _common_prefix(tuple(prompts))
+    questions = sum(len(prompt) - shared for prompt in prompts)
+    return shared + questions + sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in group)
 
 
 def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | None) -> None:
