@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.drawn import examples
-from helpers.recipes import build_trainer, photo_rows, write_rows
+from helpers.ranks import train
+from helpers.recipes import build_trainer, photo_rows, recipe, run_cli, write_recipe, write_rows
+from helpers.same_training import assert_same
 from llava_orpo.errors import UserError
+from llava_orpo.evaluation.session import open_session
 from llava_orpo.step.batches import cut_to_fit
 from llava_orpo.step.packing import TokenPair, pack, packed_length
 from llava_orpo.step.parts import filled_up, num_tokens, parts_of
@@ -208,3 +212,70 @@ def test_limits_that_cannot_be_kept_are_refused(tmp_path, keys, sentence):
     write_rows(tmp_path, photo_rows(1, 2))
     with pytest.raises(UserError, match=sentence):
         build_trainer(tmp_path, {**KEYS, **keys})
+
+
+def test_the_reference_model_keeps_to_the_limit_too(tmp_path, monkeypatch):
+    write_rows(tmp_path, photo_rows(3, 2))
+    trainer = build_trainer(tmp_path, {**KEYS, "pref_loss": "sigmoid"})
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # else policy and reference are the same
+                torch.nn.init.normal_(parameter, std=0.02)
+    limit, ran = limits(trainer)["between images"], []
+    forward = trainer.concatenated_forward
+
+    def seen(model, part, is_ref_model=False):
+        ran.append((is_ref_model, part["packed"].num_tokens))
+        return forward(model, part, is_ref_model)
+
+    monkeypatch.setattr(trainer, "concatenated_forward", seen)
+    expected = trained(trainer, batch(trainer, None))
+    ran.clear()
+    assert_equal(expected, trained(trainer, batch(trainer, limit)))
+    assert [reference for reference, _ in ran] == [False, True] * 3 and max(tokens for _, tokens in ran) <= limit
+    assert expected[1]["rewards/margins"] != 0
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_and_evaluates_in_parts(tmp_path):
+    """Through the real command, with gradient accumulation: adapters, logs and scores are those without a limit."""
+    write_rows(tmp_path, photo_rows(4, 3))
+    more = {
+        "eval_dataset": "rows",
+        "do_eval": True,
+        "per_device_eval_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "lr_scheduler_type": "constant",
+        "max_pairs_per_image": 3,
+    }
+    keys = {**KEYS, **more}
+    train(recipe(tmp_path, {**keys, "output_dir": str(tmp_path / "whole")}))
+    path = write_recipe(tmp_path, {**keys, "output_dir": str(tmp_path / "parts")})
+    done = run_cli("train", path, "max_tokens_per_step=135", env={"LLAMAFACTORY_VERBOSITY": "INFO"})
+    assert (done.stdout + done.stderr).count("A micro-batch runs in") == 1
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    scores = [
+        [json.loads(line) for line in (tmp_path / name / "preference_pairs.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert len(scores[0]) == 12 and [pair["pair_id"] for pair in scores[0]] == [pair["pair_id"] for pair in scores[1]]
+    for whole, parts in zip(*scores, strict=True):
+        for key in ("chosen_logp", "rejected_logp"):
+            assert parts[key] == pytest.approx(whole[key], rel=1e-4), key
+
+
+def test_the_commands_that_evaluate_keep_to_the_limit(tmp_path):
+    write_rows(tmp_path, photo_rows(3, 2))
+    keys = {"eval_dataset": "rows", "group_pairs_by_image": True, "per_device_eval_batch_size": 6}
+    content, ran = recipe(tmp_path, {**KEYS, **keys, "max_tokens_per_step": 135}), []
+    with open_session(content, str(tmp_path / "scores")) as session:
+        rows = [dict(session.rows[i]) for i in range(6)]
+        cut = session.collator(rows)
+        forward = session.forward
+        session.forward = lambda part: ran.append(part["packed"].num_tokens) or forward(part)
+        scores = session.score_batch(cut)["logps"]
+        session.collator.max_tokens = None
+        expected = session.score_batch(session.collator(rows))["logps"]
+    assert len(ran) == len(cut["parts"]) + 1 and max(ran[:-1]) <= 135 < ran[-1]
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)

@@ -219,8 +219,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if len(lengths) > 1 and "parts" not in self._told_of_parts:
             self._told_of_parts.add("parts")
             logger.info_rank0(
-                f"A micro-batch runs in {len(lengths)} parts of at most {max(lengths):,} tokens, one after the other, as "
-                "every one does that is too long for one forward: gradients and logged terms are the same."
+                f"A micro-batch runs in {len(lengths)} parts of at most {max(lengths):,} tokens, one after the other, "
+                "as every one does that is too long for one forward: gradients and logged terms are the same."
             )
         if limit is not None and max(lengths) > limit and "pair" not in self._told_of_parts:
             self._told_of_parts.add("pair")
