@@ -121,11 +121,19 @@ class SharedPrefixLayout:
             start = stop
         return tuple(masks)
 
+    @property
+    def flex_length(self) -> int:
+        """The length FlexAttention runs at: whole blocks, and two or more.
+
+        Other lengths, and the length of one block, are cases of their own for the compiler, with a graph each.
+        """
+        return max(-(-self.num_tokens // FLEX_BLOCK), 2) * FLEX_BLOCK
+
     def block_mask(self):
-        """`torch.nn.attention.flex_attention.BlockMask` of the whole sequence.
+        """`torch.nn.attention.flex_attention.BlockMask` of the sequence, padded to `flex_length`.
 
         Made from block-wise minima and maxima of `subtree_end`, so nothing of size T x T exists. Blocks that only might
-        hold a visible key count as partial.
+        hold a visible key count as partial. The padding sees itself alone, and no token sees it.
         """
         if "block_mask" not in self._cache:
             self._cache["block_mask"] = self._block_mask()
@@ -134,17 +142,14 @@ class SharedPrefixLayout:
     def _block_mask(self):
         from torch.nn.attention.flex_attention import BlockMask
 
-        end, length = self.subtree_end, self.num_tokens
-        num_blocks = -(-length // FLEX_BLOCK)
-        padded = end.new_zeros(num_blocks * FLEX_BLOCK)
-        padded[:length] = end
-        largest = padded.view(num_blocks, FLEX_BLOCK).amax(1)
-        padded[length:] = end.max()
-        smallest = padded.view(num_blocks, FLEX_BLOCK).amin(1)
-        start = torch.arange(num_blocks, device=end.device) * FLEX_BLOCK
-        stop = (start + FLEX_BLOCK).clamp(max=length)
+        length = self.flex_length
+        end = self.subtree_end.new_full((length,), length)
+        end[: self.num_tokens] = self.subtree_end
+        by_block = end.view(-1, FLEX_BLOCK)
+        largest, smallest = by_block.amax(1), by_block.amin(1)
+        start = torch.arange(length // FLEX_BLOCK, device=end.device) * FLEX_BLOCK
         seen = (start[None] <= start[:, None]) & (largest[None] > start[:, None])
-        full = (start[None] < start[:, None]) & (smallest[None] >= stop[:, None])
+        full = (start[None] < start[:, None]) & (smallest[None] >= start[:, None] + FLEX_BLOCK)
 
         def visible(batch, head, query, key):
             return (key <= query) & (query < end[key])
