@@ -67,6 +67,16 @@ def fallback_reason(config, model_args, finetuning_args) -> str:
     return ""
 
 
+def announce_flash_attention(model_args) -> None:
+    """Says what LLaMA-Factory's `flash_attn: fa2` or `fa3` does under the shared-prefix step."""
+    name = getattr(model_args.flash_attn, "value", model_args.flash_attn)
+    if name in ("fa2", "fa3"):
+        logger.info_rank0(
+            f"flash_attn: {name} serves the vision tower alone: the shared-prefix step attends through SDPA, whose own "
+            "flash kernel runs the shared part, or as attention_backend says."
+        )
+
+
 def announce_stock_evaluation(training_args) -> None:
     """Warns that the stock trainer evaluates differently. Raises UserError if the run waits for a metric of ours."""
     if "preference_accuracy" in str(training_args.metric_for_best_model):

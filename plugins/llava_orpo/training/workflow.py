@@ -162,6 +162,8 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     checks.refuse_token_limit(run.arguments, finetuning_args, run.shared_prefix and not reason)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
+    else:
+        checks.announce_flash_attention(model_args)
     return reason
 
 
