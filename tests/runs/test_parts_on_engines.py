@@ -56,7 +56,9 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_in_parts_train_and_score_what_one_does_without(trained, way, case):
     one = trained / case / ("one-accumulated" if way == "ddp-accumulated" else "one")
-    worst = assert_same(one, trained / case / way, norms=way != "fsdp")
+    # Where a gradient is nearly zero, Adam makes steps of its rounding error: 1.5e-4 with accumulation, 3e-6 without.
+    tolerance = 5e-4 if way == "ddp-accumulated" else 1e-5
+    worst = assert_same(one, trained / case / way, tolerance, norms=way != "fsdp")
     print(f"{way}, {case}: adapters differ by at most {worst:.1e} of their largest weight")
     scores = [
         [json.loads(line) for line in (folder / "preference_pairs.jsonl").read_text().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,34 @@ def test_a_filled_up_batch_is_the_same_batch(trainer):
     assert len(terms["loss"]) == 6 and len(output["logps_sum"]) == 12
     for key, value in {**expected_terms, **expected}.items():
         torch.testing.assert_close({**terms, **output}[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_of_an_engine_that_shards_agree_on_the_number_of_parts(trainer, monkeypatch):
+    """In several processes of such an engine, and only there; another process has 1, 4 and 1 parts."""
+    limit = limits(trainer)["between images"]
+    batches = [batch(trainer, limit), batch(trainer, None), batch(trainer, None)]
+    asked = []
+
+    def all_reduce(counts, op):
+        asked.append(counts.tolist())
+        counts.copy_(torch.maximum(counts, torch.tensor([1, 4, 1])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    for together, processes, max_tokens in ((False, 2, limit), (True, 1, limit), (True, 2, None)):
+        one = stub(together, processes, max_tokens)
+        assert trainer_module.SharedPrefixTrainer._in_lockstep(one, batches) is batches and not asked
+    run = trainer_module.SharedPrefixTrainer._in_lockstep(stub(True, 2, limit), batches)
+    assert asked == [[3, 1, 1]]
+    assert [len(parts_of(each)) for each in run] == [3, 4, 1] and run[0] is batches[0] and run[2] is batches[2]
+    assert [bool(part.get("filler")) for part in run[1]["parts"]] == [False, True, True, True]
+
+
+def stub(together: bool, processes: int, max_tokens: int | None) -> SimpleNamespace:
+    return SimpleNamespace(
+        data_collator=SimpleNamespace(max_tokens=max_tokens),
+        _all_forwards_together=together,
+        args=SimpleNamespace(world_size=processes, device="cpu"),
+    )
 
 
 def test_it_is_said_once_that_batches_run_in_parts(trainer, monkeypatch):
