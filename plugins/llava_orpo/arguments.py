@@ -138,6 +138,14 @@ class PluginArguments:
     max_pairs_per_image: Annotated[int, Field(ge=1)] = field(
         default=4, metadata={"help": "Most pairs of one image in a row under group_pairs_by_image."}
     )
+    max_tokens_per_step: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward under shared_prefix. A micro-batch of more is cut between images, then "
+            "between the pairs of an image, and its parts run one after the other with the same gradients. null: no "
+            "limit."
+        },
+    )
 
     max_anomalies: Annotated[int, Field(ge=1)] = field(
         default=5,

@@ -28,6 +28,7 @@ KEYS = {
 ONE = {"per_device_train_batch_size": 4}
 TWO = {"per_device_train_batch_size": 2}
 ACCUMULATED = ["ragged", "bad images alone"]
+IN_PARTS = {**TWO, "max_tokens_per_step": 135}  # a pair with an image has about 126, a text-only pair 50
 TWO_ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 

@@ -8,6 +8,7 @@ import torch
 from helpers.ranks import train, train_on_processes
 from helpers.same_training import (
     ACCUMULATED,
+    IN_PARTS,
     ONE,
     TWO,
     TWO_ACCUMULATED,
@@ -30,6 +31,7 @@ def trained(tmp_path_factory):
         train(made(folder, f"{name}/one", {**keys, **ONE}))
     recipes = [made(folder, f"{name}/two", {**keys, **TWO}) for name, keys in cases.items()]
     recipes += [made(folder, f"{name}/accumulated", {**cases[name], **TWO_ACCUMULATED}) for name in ACCUMULATED]
+    recipes += [made(folder, f"{name}/parts", {**cases[name], **IN_PARTS}) for name in CUT]
     saved = {**cases["grouped"], **TWO, "save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     recipes.append(made(folder, "resumed/cut", {**saved, "max_steps": 4}))  # in the middle of the second epoch
     resumed = {**cases["grouped"], "resume_from_checkpoint": str(folder / "resumed/cut/checkpoint-4")}
@@ -39,13 +41,23 @@ def trained(tmp_path_factory):
     return folder, printed
 
 
+# the micro-batches of the two processes are cut into different numbers of parts in the second
+CUT = ["grouped", "text-only"]
 CASES = ["ragged", "text-only", "bad images alone", "vision tower", "grouped"]
 
 
-@pytest.mark.parametrize("case, way", [(c, "two") for c in CASES] + [(c, "accumulated") for c in ACCUMULATED])
+@pytest.mark.parametrize(
+    "case, way",
+    [(c, "two") for c in CASES] + [(c, "accumulated") for c in ACCUMULATED] + [(c, "parts") for c in CUT],
+)
 def test_two_processes_train_what_one_does(trained, case, way):
     folder, _ = trained
     assert_same(folder / case / "one", folder / case / way)
+
+
+def test_batches_in_parts_are_said_once_a_training(trained):
+    _, printed = trained
+    assert printed.count("A micro-batch runs in 2 parts of at most") == len(CUT)
 
 
 def test_every_pair_of_a_ragged_epoch_weighs_the_same(trained):

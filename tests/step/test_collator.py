@@ -98,7 +98,7 @@ def test_empty_places_are_left_out_as_far_as_a_pair_remains():
     assert not batch["bad_images"], "the pair is listed where it has its own place"
 
 
-def test_a_batch_of_text_only_pairs_gets_a_grey_stand_in_without_weight():
+def with_geometry():
     processor = SimpleNamespace(
         image_processor=image_processor, image_token="<image>", num_additional_image_tokens=1, patch_size=14
     )
@@ -106,6 +106,11 @@ def test_a_batch_of_text_only_pairs_gets_a_grey_stand_in_without_weight():
     processor.image_processor.crop_size = {"height": 28, "width": 28}
     processor.image_processor.image_grid_pinpoints = [[28, 56], [56, 28]]
     processor.vision_feature_select_strategy = "default"
+    return processor
+
+
+def test_a_batch_of_text_only_pairs_gets_a_grey_stand_in_without_weight():
+    processor = with_geometry()
     text, image = rows("", "A")
     collator = SharedPrefixCollator(processor, IMAGE_TOKEN, always_with_image=True)
     batch = collator([text])
@@ -118,3 +123,33 @@ def test_a_batch_of_text_only_pairs_gets_a_grey_stand_in_without_weight():
     assert batch["packed"].num_image_tokens == batch["rows"][1]["num_image_tokens"] > 0
     assert collator([text, image])["weights"].tolist() == [1.0, 1.0], "an image is there already"
     assert SharedPrefixCollator(processor, IMAGE_TOKEN)([text])["image_inputs"] == {}
+
+
+def test_a_batch_that_is_too_long_is_cut_into_batches_of_its_own():
+    made = rows("A", "A", "B", "", "broken")
+    collator = SharedPrefixCollator(PROCESSOR, IMAGE_TOKEN, group_by_image=True)
+    lengths = [sum(group) for group in collator(made)["packed"].layout.groups]
+    assert lengths == [10, 8, 5, 9], "two pairs on A, then a pair each"
+    collator.max_tokens = 32
+    assert "parts" not in collator(made)
+    collator.max_tokens = 18
+    batch = collator(made)
+    assert [[row["pair_id"] for row in part["rows"]] for part in batch["parts"]] == [["0", "1", "2"], ["3", "4"]]
+    assert batch["rows"] == made and batch["weights"].tolist() == [1, 1, 1, 1, 0]
+    assert [index for index, _ in batch["bad_images"]] == [4]
+    assert [index for index, _ in batch["parts"][1]["bad_images"]] == [1]
+    collator.max_tokens = 9  # the pairs on A part, and each has the image
+    batch = collator(made)
+    assert [part["packed"].num_tokens for part in batch["parts"]] == [7, 7, 8, 5, 9]
+    assert [len(part["image_inputs"].get("sizes", [])) for part in batch["parts"]] == [1, 1, 1, 0, 1]
+
+
+def test_every_part_has_an_image_where_every_batch_needs_one():
+    made = rows("", "", "A", "")
+    collator = SharedPrefixCollator(with_geometry(), IMAGE_TOKEN, always_with_image=True)
+    alone = collator(made[:1])["packed"].num_tokens  # a text-only pair and the stand-in
+    collator.max_tokens = alone
+    batch = collator(made)
+    assert [row["pair_id"] for row in batch["rows"] if not row.get("padding")] == ["0", "1", "2", "3"]
+    assert all(part["packed"].num_image_tokens and part["packed"].num_tokens <= alone for part in batch["parts"])
+    assert batch["weights"].sum() == 4 and len(batch["rows"]) > 4

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from helpers.drawn import examples
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, padded_logps, plain_logps, tiny_llava
 from helpers.packed import gradients, orpo_of, packed_of
+from llava_orpo.step import attention
 from llava_orpo.step.attention import choose_backend, disable, enable, is_enabled, packed_forward, unwrap
 from llava_orpo.step.packing import SharedPrefixLayout, TokenPair, pack, response_logps
 
@@ -322,6 +323,7 @@ def test_flex_forward_equals_sdpa():
         expected = shared_logps(model, examples)
         assert enable(model, "flex") == "shared_prefix:flex:sdpa"
         torch.testing.assert_close(shared_logps(model, examples), expected, rtol=1e-5, atol=1e-5)
+    assert attention._flex.serves, "SDPA did not take its place"
 
 
 def test_choose_backend():

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..integration import run
 from ..step.collator import SharedPrefixCollator
 from ..step.model import PackedLogps, packed_logps, prepare
+from ..step.parts import chosen_first, parts_of
 from ..training import workflow
 
 TRAINING_ONLY = (
@@ -88,13 +89,13 @@ class Session:
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> PackedLogps:
-        """Runs one forward over a collated batch in the recipe's precision."""
+        """Runs one forward over a collated batch, or a part of one, in the recipe's precision."""
         with self.precision():
             return packed_logps(self.model, batch, self.device)
 
     def score_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """{"logps": (2n,)} of a collated batch: summed log-probs in nats, chosen first."""
-        return {"logps": self.forward(batch).sums}
+        return {"logps": chosen_first([self.forward(part).sums for part in parts_of(batch)])}
 
 
 def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True) -> Session:

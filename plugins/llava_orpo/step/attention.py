@@ -12,6 +12,7 @@ model is enabled.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from ..errors import UserError
 from . import last_layer
 from .packing import PackedBatch, SharedPrefixLayout
 
+logger = logging.getLogger("llamafactory." + __name__)  # shown with or without LLaMA-Factory
+
 BACKENDS = ("sdpa", "flex")
+FLEX_TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 _PREFIX = "shared_prefix"
 
 
@@ -64,6 +68,7 @@ def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
     _check_full_attention(config)
     disable(model)
     name = register(config._attn_implementation, backend)
+    _flex.serves = None
     for text_config in _text_configs(inner):
         text_config._attn_implementation = name
     if last_layer.serves(config):
@@ -192,15 +197,76 @@ def _read_positions_attention(query, key, value, layout: SharedPrefixLayout, sca
 
 
 def _flex_attention(query, key, value, layout: SharedPrefixLayout, scale: float | None, dropout: float):
-    """FlexAttention over the whole sequence.
+    """FlexAttention over the whole sequence, padded to whole blocks: one compiled graph serves all batches.
 
     The equality of its forward is tested on a CPU. The compiled CUDA kernel and the backward (CUDA only in torch 2.11)
-    were not run: this was written on a CPU machine.
+    were not run: this was written on a CPU machine. So the first call compares it with SDPA, see `_flex_fault`, and
+    where they differ, or it does not compile, SDPA serves the whole run.
     """
     if dropout:
         raise UserError(f"FlexAttention has no dropout, the model asks for {dropout}: use backend 'sdpa'")
+    if _flex.serves is None:
+        fault = _flex_fault(query, key, value, layout, scale, backward=query.device.type != "cpu")
+        _flex.serves = not fault
+        if fault:
+            logger.warning(f"attention_backend: flex is not used, SDPA serves this run: {fault}.")
+    if not _flex.serves:
+        return _sdpa_attention(query, key, value, layout, scale, dropout)
+    return _flex_padded(query, key, value, layout, scale)
+
+
+def _flex_padded(query, key, value, layout: SharedPrefixLayout, scale: float | None):
     flex = _compiled_flex() if query.device.type == "cuda" else _eager_flex()
-    return flex(query, key, value, block_mask=layout.block_mask(), scale=scale, enable_gqa=True)
+    padding = layout.flex_length - layout.num_tokens
+    query, key, value = (F.pad(states, (0, 0, 0, padding)) for states in (query, key, value))
+    for states in (query, key, value):
+        # Else a number of blocks that equals the number of heads is taken for the same size, and fixed with it.
+        torch._dynamo.mark_static(states, (0, 1, 3))
+    output = flex(query, key, value, block_mask=layout.block_mask(), scale=scale, enable_gqa=True)
+    return output[:, :, : layout.num_tokens]
+
+
+class _FlexUse:
+    """Whether FlexAttention serves this run: unknown from `enable` until the first batch."""
+
+    serves: bool | None = None
+
+
+_flex = _FlexUse()
+
+
+def _flex_fault(query, key, value, layout: SharedPrefixLayout, scale: float | None, backward: bool) -> str:
+    """Why FlexAttention is not to be used on a batch like this one, or "": compares output and gradients with SDPA's.
+
+    Of every token and head the difference may be `FLEX_TOLERANCE` of its norm plus the mean norm of all: several times
+    what rounding, TF32 included, makes of either kernel, and far less than a token seen or hidden by mistake among few.
+    """
+    names = ["output", "gradient of queries", "gradient of keys", "gradient of values"][: 4 if backward else 1]
+
+    def results(attend) -> list[torch.Tensor]:
+        states = [x.detach().requires_grad_(backward) for x in (query, key, value)]
+        output = attend(*states, layout, scale)
+        if not backward:
+            return [output]
+        weights = torch.arange(output.numel(), device=output.device).cos().view(output.shape).to(output.dtype)
+        return [output.detach(), *torch.autograd.grad(output, states, weights)]
+
+    # With hooks of its own: a checkpoint around the layer would count the tensors saved here among the layer's.
+    with torch.set_grad_enabled(backward), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        expected = results(partial(_sdpa_attention, dropout=0.0))
+        try:
+            found = results(_flex_padded)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever stands in the way of compiling or running it
+            return f"it fails with {type(error).__name__} ({str(error).strip().splitlines()[0] if str(error) else ''})"
+    allowed = FLEX_TOLERANCE[query.dtype]
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        norms = theirs.float().norm(dim=-1)
+        worst = ((ours.float() - theirs.float()).norm(dim=-1) / (norms + norms.mean())).max().item()
+        if not worst <= allowed:  # NaN too
+            return f"its {name} differs from SDPA's by {worst:.1e} relative, and {allowed:.0e} is allowed"
+    return ""
 
 
 def _eager_flex() -> Callable:

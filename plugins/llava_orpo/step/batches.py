@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def image_runs(image_hashes: Sequence[str], order: Sequence[int], max_pairs: int) -> list[list[int]]:
@@ -51,3 +51,28 @@ def fill_batches(runs: Sequence[list[int]], batch_size: int) -> list[int]:
             room -= len(piece)
             left -= len(piece)
     return order
+
+
+def cut_to_fit(groups: Sequence[list], tokens: Callable[[list[list]], int], limit: int) -> list[list[list]]:
+    """Cuts the groups of a batch into parts of at most `limit` tokens, in the order of the groups and of their pairs.
+
+    tokens: the tokens of a list of groups. A group that is longer than the limit is cut between its pairs, each piece
+    with the image again; a single pair that is longer is a part of its own, because nothing of it can be left out.
+    """
+    pieces = []
+    for group in groups:
+        piece = group[:1]
+        for pair in group[1:]:
+            if tokens([[*piece, pair]]) <= limit:
+                piece = [*piece, pair]
+            else:
+                pieces.append(piece)
+                piece = [pair]
+        pieces.append(piece)
+    parts: list[list[list]] = []
+    for piece in pieces:
+        if parts and tokens([*parts[-1], piece]) <= limit:
+            parts[-1].append(piece)
+        else:
+            parts.append([piece])
+    return parts

@@ -13,8 +13,9 @@ from ..data.anyres import processor_geometry
 from ..data.conversation import full_prompt_ids
 from ..data.image_store import load_image
 from .attention import unwrap
-from .batches import image_runs
-from .packing import TokenPair, pack
+from .batches import cut_to_fit, image_runs
+from .packing import TokenPair, pack, packed_length
+from .parts import whole_of
 
 
 @dataclass
@@ -35,6 +36,10 @@ class SharedPrefixCollator:
     With `group_by_image`, pairs of one image share its tokens, at most `max_pairs_per_image` in a group. With
     `always_with_image` a batch of text-only pairs gets a stand-in with a grey picture: the vision tower and the
     projector then run on every process, which collectives over their parameters wait for.
+
+    With `max_tokens` a batch of more tokens is cut into parts of at most so many, between groups where that is enough
+    and else between the pairs of a group. Such a batch holds `parts`, each of them a batch as above, in place of
+    `packed` and `image_inputs`; rows, weights and bad_images are those of all parts.
     """
 
     processor: Any
@@ -42,19 +47,26 @@ class SharedPrefixCollator:
     group_by_image: bool = False
     max_pairs_per_image: int = 4
     always_with_image: bool = False
+    max_tokens: int | None = None
 
     @classmethod
     def of(cls, processor, model, arguments, processes: int = 1) -> SharedPrefixCollator:
         """The collator for a loaded model and a recipe's `PluginArguments`."""
         token = unwrap(model).config.image_token_id
         mixed = arguments.allow_text_only and processes > 1
-        return cls(processor, token, arguments.group_pairs_by_image, arguments.max_pairs_per_image, mixed)
+        grouping = arguments.group_pairs_by_image, arguments.max_pairs_per_image
+        return cls(processor, token, *grouping, mixed, arguments.max_tokens_per_step)
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         kept = [row for row in features if not row.get("padding")] or list(features[:1])
-        if self.always_with_image and all(row["image"] is None for row in kept):
-            kept.append(self._stand_in(kept[0]))
         groups = self._group(kept)
+        if self.max_tokens is None:
+            return self._batch(groups)
+        parts = cut_to_fit(groups, self._num_tokens, self.max_tokens)
+        return whole_of([self._batch(part) for part in parts]) if len(parts) > 1 else self._batch(groups)
+
+    def _batch(self, groups: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        groups = self._with_image(groups)
         packed = pack([[self._tokens(row) for row in group] for group in groups], image_token_id=self.image_token_id)
         rows: list[dict[str, Any]] = []
         pictures, weights, bad = [], [], []
@@ -74,6 +86,15 @@ class SharedPrefixCollator:
             "rows": rows,
             "bad_images": bad,
         }
+
+    def _with_image(self, groups: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+        """The groups, and the stand-in's where the recipe needs an image and they have none."""
+        if self.always_with_image and all(group[0]["image"] is None for group in groups):
+            return [*groups, [self._stand_in(groups[0][0])]]
+        return groups
+
+    def _num_tokens(self, groups: list[list[dict[str, Any]]]) -> int:
+        return sum(packed_length([self._tokens(row) for row in group]) for group in self._with_image(groups))
 
     def _stand_in(self, row: dict[str, Any]) -> dict[str, Any]:
         """A pair of one token each under the smallest picture, without weight; its other fields are `row`'s."""

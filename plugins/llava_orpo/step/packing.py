@@ -121,11 +121,19 @@ class SharedPrefixLayout:
             start = stop
         return tuple(masks)
 
+    @property
+    def flex_length(self) -> int:
+        """The length FlexAttention runs at: whole blocks, and two or more.
+
+        Other lengths, and the length of one block, are cases of their own for the compiler, with a graph each.
+        """
+        return max(-(-self.num_tokens // FLEX_BLOCK), 2) * FLEX_BLOCK
+
     def block_mask(self):
-        """`torch.nn.attention.flex_attention.BlockMask` of the whole sequence.
+        """`torch.nn.attention.flex_attention.BlockMask` of the sequence, padded to `flex_length`.
 
         Made from block-wise minima and maxima of `subtree_end`, so nothing of size T x T exists. Blocks that only might
-        hold a visible key count as partial.
+        hold a visible key count as partial. The padding sees itself alone, and no token sees it.
         """
         if "block_mask" not in self._cache:
             self._cache["block_mask"] = self._block_mask()
@@ -134,17 +142,14 @@ class SharedPrefixLayout:
     def _block_mask(self):
         from torch.nn.attention.flex_attention import BlockMask
 
-        end, length = self.subtree_end, self.num_tokens
-        num_blocks = -(-length // FLEX_BLOCK)
-        padded = end.new_zeros(num_blocks * FLEX_BLOCK)
-        padded[:length] = end
-        largest = padded.view(num_blocks, FLEX_BLOCK).amax(1)
-        padded[length:] = end.max()
-        smallest = padded.view(num_blocks, FLEX_BLOCK).amin(1)
-        start = torch.arange(num_blocks, device=end.device) * FLEX_BLOCK
-        stop = (start + FLEX_BLOCK).clamp(max=length)
+        length = self.flex_length
+        end = self.subtree_end.new_full((length,), length)
+        end[: self.num_tokens] = self.subtree_end
+        by_block = end.view(-1, FLEX_BLOCK)
+        largest, smallest = by_block.amax(1), by_block.amin(1)
+        start = torch.arange(length // FLEX_BLOCK, device=end.device) * FLEX_BLOCK
         seen = (start[None] <= start[:, None]) & (largest[None] > start[:, None])
-        full = (start[None] < start[:, None]) & (smallest[None] >= stop[:, None])
+        full = (start[None] < start[:, None]) & (smallest[None] >= start[:, None] + FLEX_BLOCK)
 
         def visible(batch, head, query, key):
             return (key <= query) & (query < end[key])
@@ -198,6 +203,11 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    @property
+    def response_tokens(self) -> tuple[int, int]:
+        """Tokens of all chosen responses, and of all rejected ones."""
+        return sum(self.response_lengths[: self.n_pairs]), sum(self.response_lengths[self.n_pairs :])
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
         return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
@@ -234,6 +244,14 @@ def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = Non
     if pair_index == 0:
         raise ValueError("nothing to pack: no group was given")
     return row.finish()
+
+
+def packed_length(group: Sequence[TokenPair]) -> int:
+    """The tokens that `pack` makes of a group, without packing it."""
+    prompts = {tuple(pair.prompt_ids) for pair in group}
+    shared = _common_prefix(tuple(prompts))
+    questions = sum(len(prompt) - shared for prompt in prompts)
+    return shared + questions + sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in group)
 
 
 def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | None) -> None:

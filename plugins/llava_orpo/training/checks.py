@@ -67,6 +67,16 @@ def fallback_reason(config, model_args, finetuning_args) -> str:
     return ""
 
 
+def announce_flash_attention(model_args) -> None:
+    """Says what LLaMA-Factory's `flash_attn: fa2` or `fa3` does under the shared-prefix step."""
+    name = getattr(model_args.flash_attn, "value", model_args.flash_attn)
+    if name in ("fa2", "fa3"):
+        logger.info_rank0(
+            f"flash_attn: {name} serves the vision tower alone: the shared-prefix step attends through SDPA, whose own "
+            "flash kernel runs the shared part, or as attention_backend says."
+        )
+
+
 def announce_stock_evaluation(training_args) -> None:
     """Warns that the stock trainer evaluates differently. Raises UserError if the run waits for a metric of ours."""
     if "preference_accuracy" in str(training_args.metric_for_best_model):
@@ -136,17 +146,64 @@ def refuse_unusable_rows(rows: dict, run, training_args) -> None:
                 )
 
 
+def refuse_token_limit(arguments, finetuning_args, shared_prefix: bool) -> None:
+    """Raises UserError for a `max_tokens_per_step` that the run could not keep to.
+
+    arguments: the recipe's `PluginArguments`; shared_prefix: whether the shared-prefix step will run.
+    """
+    limit = arguments.max_tokens_per_step
+    if limit is None:
+        return
+    if not shared_prefix:
+        raise UserError(
+            f"max_tokens_per_step: {limit} is for the shared-prefix step, which this run does not take. Leave it out "
+            "and lower per_device_train_batch_size."
+        )
+    if finetuning_args.pref_bco_weight >= 1e-6:
+        raise UserError(
+            f"max_tokens_per_step: {limit} does not go with pref_bco_weight: its baseline is a mean over the whole "
+            "micro-batch. Leave one of them out, or lower per_device_train_batch_size instead."
+        )
+
+
+def refuse_longer_pairs(rows: dict, arguments) -> None:
+    """Raises UserError for a `max_tokens_per_step` below the longest pair, which can't be cut.
+
+    rows: what `get_dataset` returned, tokenized for the shared-prefix step.
+    """
+    limit = arguments.max_tokens_per_step
+    if limit is None:
+        return
+    longest = max(
+        int((prompts + chosen + rejected).max())
+        for part in rows.values()
+        for one in (part.values() if isinstance(part, dict) else [part])
+        if one is not None
+        for prompts, chosen, rejected in [pair_lengths(one)]
+    )
+    if longest > limit:
+        raise UserError(
+            f"max_tokens_per_step: {limit} is less than the {longest} tokens of the longest pair, and a pair can't be "
+            f"cut. Set it to {longest} or more, or make pairs shorter with anyres_max_tiles or a lower cutoff_len."
+        )
+
+
+def pair_lengths(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of each pair's prompt, chosen and rejected response, (n,) each."""
+    prompts, chosen, rejected = (
+        pc.list_value_length(columns.array(rows, name)).to_numpy()
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    placeholders = columns.array(rows, "num_image_tokens").to_numpy()
+    return prompts + np.maximum(placeholders - 1, 0), chosen, rejected
+
+
 def tokens_per_second(rows, metrics: dict[str, float]) -> float:
     """LLaMA-Factory's effective_tokens_per_sec: the tokens of prompt + chosen and prompt + rejected per second."""
     if "chosen_input_ids" in rows.column_names:
         return calculate_tps(rows, metrics, stage="rm")
-    lengths = {
-        name: pc.list_value_length(columns.array(rows, name)).to_numpy()
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    }
-    placeholders = columns.array(rows, "num_image_tokens").to_numpy()
-    prompts = lengths["prompt_ids"] + np.maximum(placeholders - 1, 0)
-    pairs = zip(prompts + lengths["chosen_ids"], prompts + lengths["rejected_ids"], strict=True)
+    prompts, chosen, rejected = pair_lengths(rows)
+    pairs = zip(prompts + chosen, prompts + rejected, strict=True)
     return calculate_tps(
         ({"chosen_input_ids": range(chosen), "rejected_input_ids": range(rejected)} for chosen, rejected in pairs),
         metrics,

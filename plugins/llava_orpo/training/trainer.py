@@ -7,7 +7,8 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..step.attention import unwrap
 from ..step.batches import image_runs
 from ..step.model import packed_logps, prepare
 from ..step.order import PaddedRows, PairOrder
+from ..step.parts import chosen_first, filled_up, num_tokens, parts_of, response_tokens
 from ..upstream import (
     forget_step,
     fsdp_optimizer_loaded,
@@ -74,6 +76,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         tower = unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
         self._pairs_in_step: torch.Tensor | None = None  # see get_batch_samples
+        self._told_of_parts: set[str] = set()
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
         self._bad_images: set[tuple[str, str, int]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
@@ -89,6 +92,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             self.add_callback(TrackioAfterTraining(callback))
         if self.plugin.group_pairs_by_image:
             self._announce_groups()
+
+    def limit_tokens(self, allowed_tokens: int | None) -> None:
+        """Lets no forward have more tokens than that, where pairs can be told apart; before `train` or `evaluate`.
+
+        The recipe's `max_tokens_per_step` goes before it. None: no limit. All processes must set a limit, or none.
+        """
+        if self.plugin.max_tokens_per_step is None and self.bco_gemma < 1e-6:  # see checks.refuse_token_limit
+            self.data_collator.max_tokens = allowed_tokens
 
     # data ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +157,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         started = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)
         self._waited += time.perf_counter() - started
+        batches = self._in_lockstep(batches)
         if batches:
             counted = torch.stack([batch["weights"].sum() for batch in batches]).sum()
             counted = counted.to(self.args.device, torch.float32)
@@ -154,9 +166,68 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 * parameters * tokens (transformers' estimate), with the tokens that are really run."""
-        return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["packed"].num_tokens
+        return 6 * self.model.num_parameters(exclude_embeddings=True) * num_tokens(inputs)
 
     # step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, or of its parts one after the other: the same sums of gradients.
+
+        Under DDP only the last part's backward sends gradients, so that the processes may have different numbers of
+        parts. DDP also exchanges buffers in a forward, but only in the first one after gradients were sent. Engines
+        that shard exchange something in every forward and backward: there `_in_lockstep` has made the numbers equal,
+        and every part sends its gradients, because whole ones would have to be kept until the last.
+        """
+        self._tell_of_parts(inputs)
+        parts = parts_of(inputs)
+        if len(parts) == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        whole = {"weights": inputs["weights"], "response_tokens": response_tokens(inputs)}
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else self._gradients_kept(model):
+                losses.append(super().training_step(model, {**part, "whole": whole}, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    @contextmanager
+    def _gradients_kept(self, model) -> Iterator[None]:
+        """Inside, a backward adds to the gradients, and is not the last one of the optimizer step."""
+        last = self.accelerator.sync_gradients
+        self.accelerator.sync_gradients = False  # DeepSpeed would make its step in the backward
+        try:
+            with nullcontext() if self._all_forwards_together else self.accelerator.no_sync(model):
+                yield
+        finally:
+            self.accelerator.sync_gradients = last
+
+    @property
+    def _all_forwards_together(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _in_lockstep(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches, each with as many parts as on the process with the most; the host waits for that once."""
+        limited = self.data_collator.max_tokens is not None
+        if not (batches and limited and self._all_forwards_together and self.args.world_size > 1):
+            return batches
+        counts = torch.tensor([len(parts_of(batch)) for batch in batches], device=self.args.device)
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+        return [filled_up(batch, count) for batch, count in zip(batches, counts.tolist(), strict=True)]
+
+    def _tell_of_parts(self, batch: dict[str, Any]) -> None:
+        limit = self.data_collator.max_tokens
+        lengths = [part["packed"].num_tokens for part in parts_of(batch) if not part.get("filler")]
+        if len(lengths) > 1 and "parts" not in self._told_of_parts:
+            self._told_of_parts.add("parts")
+            logger.info_rank0(
+                f"A micro-batch runs in {len(lengths)} parts of at most {max(lengths):,} tokens, one after the other, "
+                "as every one does that is too long for one forward: gradients and logged terms are the same."
+            )
+        if limit is not None and max(lengths) > limit and "pair" not in self._told_of_parts:
+            self._told_of_parts.add("pair")
+            logger.warning_rank0(
+                f"A pair of {max(lengths):,} tokens is longer than the {limit:,} that a forward may have, and can't be "
+                "cut; it runs as it is. Lower `cutoff_len` to leave such pairs out, or set `anyres_max_tiles`."
+            )
 
     def concatenated_forward(self, model, batch: dict[str, Any], is_ref_model: bool = False) -> dict[str, torch.Tensor]:
         """Runs one forward for all responses. Log-probs are means for ipo, orpo and simpo, else sums; (n,) each."""
@@ -180,8 +251,23 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(terms per pair, each (n,); the forward's output).
 
-        The terms are loss, sft_loss, rewards and, for ORPO, odds_ratio_loss and log_odds.
+        The terms are loss, sft_loss, rewards and, for ORPO, odds_ratio_loss and log_odds. A batch in parts takes a
+        forward for each, whose gradients would keep all parts in memory: see `training_step`.
         """
+        if "parts" not in batch:
+            return self._pair_losses(model, batch)
+        scored = [(part, *self._pair_losses(model, part)) for part in batch["parts"]]
+        scored = [each for each in scored if not each[0].get("filler")]
+        terms = {key: torch.cat([terms[key] for _, terms, _ in scored]) for key in scored[0][1]}
+        output = {key: [output[key] for _, _, output in scored] for key in scored[0][2]}
+        joined = {key: torch.cat(values) for key, values in output.items() if values[0].dim() and key != "logps_sum"}
+        joined["logps_sum"] = chosen_first(output["logps_sum"])
+        counts = torch.tensor([part["packed"].response_tokens for part, _, _ in scored], dtype=torch.float32)
+        for key, count in zip(("chosen_logits", "rejected_logits"), counts.T.to(self.args.device), strict=True):
+            joined[key] = (torch.stack(output[key]) * count).sum() / count.sum()
+        return terms, joined
+
+    def _pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         output = self.concatenated_forward(model, batch)
         chosen, rejected = output["chosen_logps"], output["rejected_logps"]
         if self.loss_type == "orpo":
@@ -203,12 +289,17 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         return out, output
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
+        """(loss, logged terms): means over the pairs of the batch or, for a part of one, its addends to them."""
+        if train_eval == "eval":
+            (batch,) = self._in_lockstep([batch])
+            self._tell_of_parts(batch)
         terms, output = self.pair_losses(model, batch)
         self._note_bad_images(batch)
         if train_eval == "train":
             self._anomalies.note(batch["rows"], terms["loss"])
         weights = batch["weights"].to(terms["loss"].device, torch.float32)  # DeepSpeed hands them over in bf16
-        share = weights / weights.sum().clamp(min=1.0)
+        whole = batch.get("whole", batch)
+        share = weights / whole["weights"].to(weights.device, torch.float32).sum().clamp(min=1.0)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             return (values * share).sum()
@@ -224,6 +315,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             "logits/chosen": output["chosen_logits"],
             "logits/rejected": output["rejected_logits"],
         }
+        if "whole" in batch:
+            counts = zip(batch["packed"].response_tokens, whole["response_tokens"], strict=True)
+            for key, (part, all_of_it) in zip(("logits/chosen", "logits/rejected"), counts, strict=True):
+                metrics[key] = metrics[key] * (0.0 if batch.get("filler") else part / all_of_it)
         if self.loss_type == "orpo":
             metrics["sft_loss"] = metrics["nll_loss"] = mean(terms["sft_loss"])
             metrics["odds_ratio_loss"] = mean(terms["odds_ratio_loss"])
@@ -241,20 +336,32 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         all micro-batches are full.
         """
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
-        count = inputs["weights"].to(loss.device, torch.float32).sum()
-        self.store_metrics(metrics, "train", count)
+        weights = [batch["weights"].to(loss.device, torch.float32) for batch in (inputs, inputs.get("whole", inputs))]
+        pairs, count = (each.sum() for each in weights)  # of a part, and of its micro-batch
+        self.store_metrics(metrics, "train", count, pairs)
         if self._pairs_in_step is not None:
             micro_batches = self.args.world_size * self.current_gradient_accumulation_steps
             loss = loss * (count * micro_batches / self._pairs_in_step.clamp(min=1.0))
         return (loss, metrics) if return_outputs else loss
 
-    def store_metrics(self, metrics, train_eval="train", count: torch.Tensor | float = 1.0) -> None:
-        """Adds a micro-batch's terms to the sums of the next log, `count` times each; nothing leaves the device."""
+    def store_metrics(
+        self,
+        metrics,
+        train_eval="train",
+        count: torch.Tensor | float = 1.0,
+        pairs: torch.Tensor | float | None = None,
+    ) -> None:
+        """Adds a micro-batch's terms to the sums of the next log, `count` times each; nothing leaves the device.
+
+        pairs: how many of the micro-batch's `count` pairs these terms are of, where they are of a part.
+        """
         sums = self._sums.setdefault(train_eval, {})
-        for key, value in {**metrics, "": 1.0}.items():  # "": the number of pairs
+        for key, value in metrics.items():
             sums[key] = (
                 sums.get(key, 0.0) + torch.as_tensor(value, dtype=torch.float32, device=self.args.device) * count
             )
+        counted = torch.as_tensor(count if pairs is None else pairs, dtype=torch.float32, device=self.args.device)
+        sums[""] = sums.get("", 0.0) + counted  # the number of pairs
 
     def _note_bad_images(self, batch: dict[str, Any]) -> None:
         """Logs and lists each pair whose image could not be decoded, once per run; stops under `bad_rows: error`."""
@@ -503,16 +610,16 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         positions = scoring.shard(positions, self.args.process_index, self.args.world_size, size)
 
         def score_batch(batch):
-            batch = self._prepare_inputs(batch)
+            (batch,) = self._in_lockstep([self._prepare_inputs(batch)])
+            self._tell_of_parts(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
                 terms, output = self.pair_losses(model, batch)
             self._note_bad_images(batch)
             return {"logps": output["logps_sum"], "loss": terms["loss"]}
 
-        lockstep = self.is_deepspeed_enabled or self.is_fsdp_enabled  # all processes must run every forward
-
         def on_batch(_scored):
-            if self.is_in_train and self.survival and self.survival.request.number is not None and not lockstep:
+            stoppable = not self._all_forwards_together  # else all processes must run every forward
+            if self.is_in_train and self.survival and self.survival.request.number is not None and stoppable:
                 raise EvaluationStopped
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for callback in self.callback_handler.callbacks:

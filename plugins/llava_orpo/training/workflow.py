@@ -159,8 +159,11 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     checks.refuse_unsupported_loading(training_args)
     checks.refuse_other_sharding(training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
+    checks.refuse_token_limit(run.arguments, finetuning_args, run.shared_prefix and not reason)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
+    else:
+        checks.announce_flash_attention(model_args)
     return reason
 
 
@@ -177,4 +180,6 @@ def read_rows(run: Run, template, module, model_args, data_args, training_args) 
     goes_on = training_args.resume_from_checkpoint is not None or not training_args.do_train
     report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write, keep_training=goes_on)
     checks.refuse_unusable_rows(rows, run, training_args)
+    if run.shared_prefix:
+        checks.refuse_longer_pairs(rows, run.arguments)
     return rows
