@@ -55,6 +55,24 @@ def test_the_default_wrap_policy_finds_its_layers():
     assert inner._no_split_modules == {"CLIPEncoderLayer", type(inner.get_decoder().layers[0]).__name__}
 
 
+def test_a_frozen_tower_is_kept_out_of_autograd():
+    model = tiny_llava().requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()
+    tower = model.model.vision_tower
+
+    def needs_gradients():
+        return tower(torch.zeros(1, 3, 28, 28), output_hidden_states=True).hidden_states[0].requires_grad
+
+    lora = next(name for name, p in tower.named_parameters() if p.requires_grad)
+    assert upstream.keep_frozen_tower_out_of_autograd(tower) == 0, f"it is trained: {lora}"
+    tower.requires_grad_(False)
+    assert needs_gradients(), "transformers does not hook it any more: take the work-around out"
+    assert upstream.keep_frozen_tower_out_of_autograd(tower) >= 1
+    assert not needs_gradients()
+    assert model.get_input_embeddings()(torch.tensor([5])).requires_grad, "the language model's hook stays"
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

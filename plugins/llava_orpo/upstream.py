@@ -65,6 +65,24 @@ def keep_present_layer_names(model: torch.nn.Module) -> None:
             module._no_split_modules = {name for name in names if name in present}
 
 
+def keep_frozen_tower_out_of_autograd(tower: torch.nn.Module) -> int:
+    """Takes the hooks off a frozen vision tower that make its activations require gradients; returns how many.
+
+    For a checkpointed model that is not quantized PEFT calls `enable_input_require_grads`, and transformers 5.5.4 hooks
+    the input embedding of every PreTrainedModel inside (modeling_utils.py), CLIP's patch convolution too. LLaMA-Factory
+    recomputes no frozen layer, so the whole tower would keep its activations for a backward that nobody reads.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return 0
+    removed = 0
+    for module in tower.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[key]
+                removed += 1
+    return removed
+
+
 def _same_storage(storage, location: str):
     return storage if re.fullmatch(r"cpu:\d+", location) else None
 

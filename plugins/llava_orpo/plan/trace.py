@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..step import attention, orpo
 from ..step.model import packed_logps, prepare
 from ..step.packing import TokenPair, pack
+from ..upstream import keep_frozen_tower_out_of_autograd
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # bitsandbytes' block sizes: weights per absmax, absmax values per second absmax
 aten = torch.ops.aten
@@ -435,6 +436,7 @@ def _model(config, setting: Setting):
         flags.update(use_reentrant_gc=setting.reentrant, upcast_lmhead_output=False)
         prepare_model_for_training(model, SimpleNamespace(**flags))
     model = _with_trainable(model, setting)
+    keep_frozen_tower_out_of_autograd(attention.unwrap(model).model.vision_tower)
     model.train()
     if setting.shared:
         prepare(model, "cpu")
