@@ -25,6 +25,7 @@ from . import last_layer
 from .packing import PackedBatch, SharedPrefixLayout
 
 BACKENDS = ("sdpa", "flex")
+CUDNN_FIRST = (9, 10)  # major compute capabilities whose SDPA takes cuDNN before flash (torch 2.11, sdp_utils.cpp)
 _PREFIX = "shared_prefix"
 
 
@@ -43,6 +44,22 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
     if requested == "flex" and kind != "cuda":
         raise UserError(f"shared-prefix attention 'flex' cannot train on {kind} (no backward): use 'sdpa'")
     return requested, f"requested: {requested} on {kind}"
+
+
+def choose_cudnn(device: torch.device | str, wanted: bool = False) -> str:
+    """Switches cuDNN's attention off for this process where SDPA would prefer it, unless `wanted`.
+
+    Returns a line to log, which is "" where nothing was to decide: on CPUs and on GPUs before Hopper. cuDNN plans anew
+    for every new shape, and nearly every packed batch has new ones: its image, question and answers decide three shapes
+    a group.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in CUDNN_FIRST:
+        return ""
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    if wanted:
+        return "cuDNN's attention is on (cudnn_attention: true)."
+    return "cuDNN's attention is off: it would plan anew for every new shape (cudnn_attention: true keeps it)."
 
 
 def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:

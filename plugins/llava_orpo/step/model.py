@@ -27,15 +27,16 @@ class PackedLogps(NamedTuple):
     lengths: torch.Tensor
 
 
-def prepare(model, device: torch.device | str, backend: str = "auto") -> str:
+def prepare(model, device: torch.device | str, backend: str = "auto", cudnn_attention: bool = False) -> str:
     """Gives the model shared-prefix attention and keeps its 4-bit layers trainable; returns a line for the log.
 
+    cudnn_attention: see `attention.choose_cudnn`; it holds for the whole process, the vision tower too.
     Raises ValueError for a backend or a model that cannot be served (see `attention.enable`).
     """
     chosen, reason = attention.choose_backend(device, backend)
     attention.enable(model, chosen)
     keep_four_bit_trainable(model)
-    return f"Shared-prefix attention: {chosen} ({reason})."
+    return f"Shared-prefix attention: {chosen} ({reason}). {attention.choose_cudnn(device, cudnn_attention)}".rstrip()
 
 
 def packed_logps(model, batch: dict[str, Any], device: torch.device, skip_unread: bool = True) -> PackedLogps:

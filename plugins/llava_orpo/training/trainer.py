@@ -69,7 +69,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self.plugin = plugin_arguments
         super().__init__(*args, **kwargs)
         for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
-            line = prepare(model, self.args.device, self.plugin.attention_backend)
+            line = prepare(model, self.args.device, self.plugin.attention_backend, self.plugin.cudnn_attention)
         logger.info_rank0(line)
         tower = unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
