@@ -22,6 +22,7 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import StateDictType
+from torch.overrides import TorchFunctionMode
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
 
@@ -81,6 +82,20 @@ def keep_frozen_tower_out_of_autograd(tower: torch.nn.Module) -> int:
                 del module._forward_hooks[key]
                 removed += 1
     return removed
+
+
+class ListsOnHost(TorchFunctionMode):
+    """Inside, `torch.tensor` leaves its data on the host, whatever device is asked for.
+
+    LlavaNextModel.pack_image_features of transformers 5.5.4 makes a tensor of the images' lengths on the device, which
+    waits for the vision tower; nothing reads it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor:
+            kwargs.pop("device", None)
+        return func(*args, **kwargs)
 
 
 def _same_storage(storage, location: str):
@@ -162,6 +177,45 @@ def write_window(trainer, window: dict[str, Any]) -> None:
     trainer._tr_loss.copy_(window["loss"])
     trainer._total_loss_scalar = window["logged_loss"]
     trainer._globalstep_last_logged = window["logged_step"]
+
+
+class LossOnHost(float):
+    """The mean loss of all processes, read from the device, where Trainer expects a tensor to gather and to read."""
+
+    def mean(self) -> LossOnHost:
+        return self
+
+    def item(self) -> float:
+        return float(self)
+
+
+def logs_now(trainer) -> bool:
+    """Whether Trainer's `_maybe_log_save_evaluate` is about to log."""
+    return trainer.control.should_log and trainer.state.global_step > trainer._globalstep_last_logged
+
+
+def mean_loss(loss: torch.Tensor, arguments) -> torch.Tensor:
+    """The mean of all processes' losses on the device, as Trainer logs it."""
+    import transformers.trainer
+
+    return transformers.trainer.nested_gather(loss, arguments.parallel_mode).mean()
+
+
+@contextmanager
+def loss_on_host() -> Iterator[None]:
+    """Inside, Trainer takes a `LossOnHost` for the loss of its next log.
+
+    transformers 5.5.4 reads loss and gradient norm from the device one after the other, and waits for it twice.
+    """
+    import transformers.trainer
+
+    gather = transformers.trainer.nested_gather
+
+    def gather_tensors(tensors, *args, **kwargs):
+        return tensors if isinstance(tensors, LossOnHost) else gather(tensors, *args, **kwargs)
+
+    with mock.patch.object(transformers.trainer, "nested_gather", gather_tensors):
+        yield
 
 
 def step_loss(trainer) -> torch.Tensor | None:

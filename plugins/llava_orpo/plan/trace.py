@@ -260,13 +260,6 @@ class _NF4Linear(torch.nn.Linear):
         return out.to(x.dtype).clone()  # PEFT's 4-bit layers clone their base layer's result
 
 
-class _Sizes(list):
-    """(height, width) per image on the host, in the form `packed_logps` moves to a device."""
-
-    def to(self, device: Any) -> _Sizes:
-        return self
-
-
 def trace(config, setting: Setting, groups: Sequence[Sequence[PairSize]]) -> Traced:
     """Traces one micro-batch of groups of pairs (one group per image) on a LLaVA-NeXT of this config.
 
@@ -344,7 +337,7 @@ def _batch(config, groups: Sequence[Sequence[PairSize]], mode: FakeTensorMode) -
         inputs: dict[str, Any] = {}
         if images:
             inputs["pixel_values"] = torch.empty(len(images), tiles, 3, side, side)
-            inputs["image_sizes"] = _Sizes([size.height, size.width] for size in images)
+            inputs["image_sizes"] = [[size.height, size.width] for size in images]
     return {"packed": _faked(packed, mode), "image_inputs": inputs, "groups": groups, "tokens": packed.num_tokens}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from . import last_layer
+from .image_features import features_at_positions
 from .packing import PackedBatch, SharedPrefixLayout
 
 BACKENDS = ("sdpa", "flex")
@@ -113,23 +114,26 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
     """Logits (1, K, V) at `packed.logits_to_keep`, from one forward over the packed sequence.
 
     image_inputs: what the model's image processor made, one entry per group that has an image, in the order of the
-    groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2)); handed to the model
-    as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would
-    silently ignore the layout and attend wrongly.
+    groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes, (height, width) per image, a list on
+    the host); handed to the model as they are. `packed` must be on the model's device. Raises ValueError when the model
+    was not enabled (it would silently ignore the layout and attend wrongly), and for another number of image features
+    than image tokens.
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call attention.enable first")
-    trimmed = last_layer.serves(unwrap(model).config.get_text_config())
-    return model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments), so no T x T mask is built.
-        attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
-        use_cache=False,
-        logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
-        shared_prefix_layout=packed.layout,
-        **image_inputs,
-    ).logits
+    inner = unwrap(model)
+    trimmed = last_layer.serves(inner.config.get_text_config())
+    with features_at_positions(inner, packed.image_positions) if image_inputs else nullcontext():
+        return model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments), so no T x T mask is built.
+            attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            use_cache=False,
+            logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
+            shared_prefix_layout=packed.layout,
+            **image_inputs,
+        ).logits
 
 
 def register(base: str, backend: str) -> str:

@@ -45,7 +45,10 @@ def packed_logps(model, batch: dict[str, Any], device: torch.device, skip_unread
     skip_unread: leave out the vision layers that LLaVA does not read; only for a frozen vision tower.
     """
     packed = batch["packed"].to(device)
-    image_inputs = {key: value.to(device) for key, value in batch["image_inputs"].items()}
+    image_inputs = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch["image_inputs"].items()
+    }
     with skip_unread_vision_layers(attention.unwrap(model)) if skip_unread else nullcontext():
         logits = attention.packed_forward(model, packed, **image_inputs)
     sums, lengths = response_logps(logits, packed)

@@ -126,6 +126,7 @@ def build(
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
         reference = model if own else create_ref_model(model_args, finetuning_args)
+    training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory  # else each copy waits
     training_args.logging_nan_inf_filter = False  # it hides a diverging loss, and waits for the device twice per batch
     shared = dict(
         model=model,
