@@ -70,7 +70,7 @@ class Setting:
     def of(cls, recipe: Mapping[str, Any], target: str, config=None) -> Setting:
         """The setting of a recipe. Raises UserError for a key whose cost is not traced.
 
-        Frozen weights have the dtype that the model's config names, as LLaMA-Factory 0.9.5 loads them ("auto").
+        Frozen weights have the dtype that the model's config names, or the recipe's where both have 16 bits.
         """
         kind = recipe.get("finetuning_type", "lora")
         if kind not in ("lora", "full"):
@@ -82,10 +82,12 @@ class Setting:
         if reference and kind == "full":
             raise UserError("pref_loss: a reference model beside full tuning is not planned; use orpo or simpo.")
         half = next((dtype for key, dtype in _HALF.items() if recipe.get(key)), None)
+        named = getattr(config, "dtype", None)
+        weights = half if named is None or half and named.itemsize == 2 else named
         targets = recipe.get("lora_target") or "all"
         return cls(
             target=target,
-            weights=getattr(config, "dtype", None) or half or torch.float32,
+            weights=weights or torch.float32,
             compute=half or torch.float32,
             autocast=None if recipe.get("pure_bf16") else half,
             quantized=bits == 4,
