@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
 from helpers.llava import tiny_llava
 from helpers.recipes import random_model
+from helpers.waits import Waits
 from llava_orpo import upstream
 from llava_orpo.checkpoint.published import expected_tensors
 
@@ -53,6 +54,52 @@ def test_the_default_wrap_policy_finds_its_layers():
     assert callable(fsdp_auto_wrap_policy(model))
     inner = model.get_base_model()
     assert inner._no_split_modules == {"CLIPEncoderLayer", type(inner.get_decoder().layers[0]).__name__}
+
+
+def test_a_frozen_tower_is_kept_out_of_autograd():
+    model = tiny_llava().requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()
+    tower = model.model.vision_tower
+
+    def needs_gradients():
+        return tower(torch.zeros(1, 3, 28, 28), output_hidden_states=True).hidden_states[0].requires_grad
+
+    lora = next(name for name, p in tower.named_parameters() if p.requires_grad)
+    assert upstream.keep_frozen_tower_out_of_autograd(tower) == 0, f"it is trained: {lora}"
+    tower.requires_grad_(False)
+    assert needs_gradients(), "transformers does not hook it any more: take the work-around out"
+    assert upstream.keep_frozen_tower_out_of_autograd(tower) >= 1
+    assert not needs_gradients()
+    assert model.get_input_embeddings()(torch.tensor([5])).requires_grad, "the language model's hook stays"
+
+
+def test_trainer_reads_the_loss_from_the_host():
+    trainer = object.__new__(Trainer)
+    trainer.args = SimpleNamespace(parallel_mode=None)
+    trainer.control = SimpleNamespace(should_log=True, should_evaluate=False, should_save=False)
+    trainer.state = SimpleNamespace(global_step=6)
+    trainer._globalstep_last_logged, trainer._total_loss_scalar = 4, 1.0
+    trainer.store_flos = lambda: None
+    logged = []
+    trainer.log = lambda logs, start: logged.append(logs)
+
+    def log(loss, norm):
+        trainer._globalstep_last_logged = 4
+        with Waits().counting() as waits:
+            trainer._maybe_log_save_evaluate(loss, norm, None, None, 0, None, 0.0, learning_rate=0.5)
+        return sum(waits.places().values())
+
+    assert upstream.logs_now(trainer)
+    loss, norm = torch.tensor(3.0), torch.tensor(0.25)
+    mean = upstream.mean_loss(loss, trainer.args)
+    assert mean == 3.0 and log(loss, norm) == 2, "transformers waits once itself now: take the work-around out"
+    assert not upstream.logs_now(trainer)
+    with upstream.loss_on_host():
+        assert log(upstream.LossOnHost(3.0), 0.25) == 0
+        assert log(torch.tensor(3.0), 0.25) == 1, "tensors are gathered as ever"
+    assert logged == [{"loss": 1.5, "grad_norm": 0.25, "learning_rate": 0.5}] * 3
+    assert trainer._total_loss_scalar == 10.0
 
 
 @pytest.fixture

@@ -131,6 +131,13 @@ class PluginArguments:
     attention_backend: Literal["auto", "sdpa", "flex"] = field(
         default="auto", metadata={"help": "Attention under shared_prefix: auto, sdpa or flex."}
     )
+    cudnn_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep cuDNN's attention on H100, H200 and B200 under shared_prefix. It plans anew for every new "
+            "shape, and nearly every batch has new shapes."
+        },
+    )
     group_pairs_by_image: bool = field(
         default=False,
         metadata={"help": "Put pairs of one image into the same batch and run the image once for all of them."},

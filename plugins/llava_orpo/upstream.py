@@ -22,6 +22,7 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import StateDictType
+from torch.overrides import TorchFunctionMode
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
 
@@ -63,6 +64,38 @@ def keep_present_layer_names(model: torch.nn.Module) -> None:
         names = getattr(module, "_no_split_modules", None)
         if names:
             module._no_split_modules = {name for name in names if name in present}
+
+
+def keep_frozen_tower_out_of_autograd(tower: torch.nn.Module) -> int:
+    """Takes the hooks off a frozen vision tower that make its activations require gradients; returns how many.
+
+    For a checkpointed model that is not quantized PEFT calls `enable_input_require_grads`, and transformers 5.5.4 hooks
+    the input embedding of every PreTrainedModel inside (modeling_utils.py), CLIP's patch convolution too. LLaMA-Factory
+    recomputes no frozen layer, so the whole tower would keep its activations for a backward that nobody reads.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return 0
+    removed = 0
+    for module in tower.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[key]
+                removed += 1
+    return removed
+
+
+class ListsOnHost(TorchFunctionMode):
+    """Inside, `torch.tensor` leaves its data on the host, whatever device is asked for.
+
+    LlavaNextModel.pack_image_features of transformers 5.5.4 makes a tensor of the images' lengths on the device, which
+    waits for the vision tower; nothing reads it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor:
+            kwargs.pop("device", None)
+        return func(*args, **kwargs)
 
 
 def _same_storage(storage, location: str):
@@ -144,6 +177,45 @@ def write_window(trainer, window: dict[str, Any]) -> None:
     trainer._tr_loss.copy_(window["loss"])
     trainer._total_loss_scalar = window["logged_loss"]
     trainer._globalstep_last_logged = window["logged_step"]
+
+
+class LossOnHost(float):
+    """The mean loss of all processes, read from the device, where Trainer expects a tensor to gather and to read."""
+
+    def mean(self) -> LossOnHost:
+        return self
+
+    def item(self) -> float:
+        return float(self)
+
+
+def logs_now(trainer) -> bool:
+    """Whether Trainer's `_maybe_log_save_evaluate` is about to log."""
+    return trainer.control.should_log and trainer.state.global_step > trainer._globalstep_last_logged
+
+
+def mean_loss(loss: torch.Tensor, arguments) -> torch.Tensor:
+    """The mean of all processes' losses on the device, as Trainer logs it."""
+    import transformers.trainer
+
+    return transformers.trainer.nested_gather(loss, arguments.parallel_mode).mean()
+
+
+@contextmanager
+def loss_on_host() -> Iterator[None]:
+    """Inside, Trainer takes a `LossOnHost` for the loss of its next log.
+
+    transformers 5.5.4 reads loss and gradient norm from the device one after the other, and waits for it twice.
+    """
+    import transformers.trainer
+
+    gather = transformers.trainer.nested_gather
+
+    def gather_tensors(tensors, *args, **kwargs):
+        return tensors if isinstance(tensors, LossOnHost) else gather(tensors, *args, **kwargs)
+
+    with mock.patch.object(transformers.trainer, "nested_gather", gather_tensors):
+        yield
 
 
 def step_loss(trainer) -> torch.Tensor | None:

@@ -15,9 +15,11 @@ from transformers import AttentionInterface
 from helpers.drawn import examples
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, padded_logps, plain_logps, tiny_llava
 from helpers.packed import gradients, orpo_of, packed_of
+from helpers.recipes import build_trainer, photo_rows, write_rows
 from llava_orpo.step import attention
-from llava_orpo.step.attention import choose_backend, disable, enable, is_enabled, packed_forward, unwrap
+from llava_orpo.step.attention import choose_backend, choose_cudnn, disable, enable, is_enabled, packed_forward, unwrap
 from llava_orpo.step.packing import SharedPrefixLayout, TokenPair, pack, response_logps
+from llava_orpo.training import trainer as trainer_module
 
 WIDE, TALL, SMALL, SQUARE = (90, 30), (25, 80), (20, 22), (64, 64)
 
@@ -334,6 +336,31 @@ def test_choose_backend():
         choose_backend("cpu", "flex")
     with pytest.raises(ValueError, match="unknown"):
         choose_backend("cpu", "fast")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_cudnn_is_off_where_it_would_be_first(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert choose_cudnn("cpu") == "" and torch.backends.cuda.cudnn_sdp_enabled() == before
+    try:
+        for wanted in (False, True):
+            torch.backends.cuda.enable_cudnn_sdp(not wanted)
+            line = choose_cudnn("cuda:0", wanted)
+            decided = capability[0] in (9, 10)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == (wanted if decided else not wanted)
+            assert ("is on" if wanted else "is off") in line if decided else line == ""
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_the_key_for_cudnn_reaches_the_step_and_is_logged_once(tmp_path, monkeypatch):
+    asked, logged = [], []
+    monkeypatch.setattr(attention, "choose_cudnn", lambda device, wanted: asked.append(wanted) or "the line on cuDNN")
+    monkeypatch.setattr(trainer_module.logger, "info_rank0", logged.append)
+    write_rows(tmp_path, photo_rows(1, 1))
+    build_trainer(tmp_path, {"finetuning_type": "lora", "lora_target": "q_proj", "cudnn_attention": True})
+    assert asked == [True] and sum("the line on cuDNN" in line for line in logged) == 1
 
 
 def test_refusals():

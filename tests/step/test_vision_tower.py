@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from helpers.llava import make_example, make_image, packed_images, tiny_llava
+from helpers.recipes import build_trainer, photo_rows, step, write_rows
+from llava_orpo.step.attention import unwrap
 from llava_orpo.step.vision_tower import skip_unread_vision_layers
 
 
@@ -69,3 +71,44 @@ def test_a_trainable_tower_is_refused(frozen):
     with pytest.raises(ValueError, match="vision tower is being trained"):
         with skip_unread_vision_layers(frozen):
             pass
+
+
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_target": "q_proj,linear_1",
+    "freeze_multi_modal_projector": False,
+}
+FOUR_BIT = {"quantization_bit": 4, "quantization_method": "bnb"}
+REENTRANT = {"disable_gradient_checkpointing": False, "use_reentrant_gc": True}
+NOT_REENTRANT = {"disable_gradient_checkpointing": False, "use_reentrant_gc": False}
+CASES = {
+    "16 bit, reentrant": REENTRANT,
+    "16 bit, not reentrant": NOT_REENTRANT,
+    "16 bit, not checkpointed": {},
+    "4 bit, reentrant": {**FOUR_BIT, **REENTRANT},
+    "4 bit, not reentrant": {**FOUR_BIT, **NOT_REENTRANT},
+    "LLaMA-Factory's step": {**REENTRANT, "shared_prefix": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_frozen_tower_saves_no_tensor_in_training(tmp_path, case):
+    write_rows(tmp_path, photo_rows(1, 1))
+    trainer = build_trainer(tmp_path, {**LORA, "bf16": True, **CASES[case]})
+    tower = unwrap(trainer.model).model.vision_tower
+    saved: dict[str, list[torch.Tensor]] = {"tower": [], "elsewhere": []}
+    where, outputs = ["elsewhere"], []
+
+    def pack(tensor):
+        saved[where[0]].append(tensor)
+        return tensor
+
+    tower.register_forward_pre_hook(lambda *args: where.__setitem__(0, "tower"))
+    tower.register_forward_hook(lambda module, args, output: outputs.append(output.hidden_states[-2]))
+    tower.register_forward_hook(lambda *args: where.__setitem__(0, "elsewhere"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients = step(trainer, [trainer.train_dataset[0]])[2]
+    assert outputs and not any(output.requires_grad for output in outputs)
+    assert len(saved["tower"]) == 0 < len(saved["elsewhere"])
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in gradients} == {"q_proj", "linear_1"}

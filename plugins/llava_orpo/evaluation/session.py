@@ -132,7 +132,7 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
     model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
         model.to(training_args.device)
-    prepare(model, training_args.device, running.arguments.attention_backend)
+    prepare(model, training_args.device, running.arguments.attention_backend, running.arguments.cudnn_attention)
     collator = SharedPrefixCollator.of(processor, model, running.arguments)
     autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     return Session(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
 from unittest import mock
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..checkpoint.adapter import check_adapter
 from ..checkpoint.files import check_output, resolve_model_dir
 from ..checkpoint.published import save_published
 from ..data.anyres import AnyresGeometry, processor_geometry
-from .run import current
+from .run import UNSET, current
 
+HALF = (torch.float16, torch.bfloat16)
 VISION_MODULES = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # full names: bare ones are ignored
 
 
@@ -40,6 +44,8 @@ def limit_config(original):
 
     @functools.wraps(original)
     def load_config(model_args):
+        if current().precision is UNSET:  # later LLaMA-Factory fills in a guess
+            current().precision = model_args.compute_dtype
         config = original(model_args)
         if current().arguments.anyres_max_tiles is not None and config.model_type == "llava_next":
             config.image_grid_pinpoints = _limited_pinpoints(
@@ -62,6 +68,48 @@ def limit_processor(original):
             image_processor.image_grid_pinpoints = _limited_pinpoints(image_processor.image_grid_pinpoints, tile)
 
     return patch_processor
+
+
+def one_dtype(original):
+    """Replaces llamafactory.model.loader.init_adapter.
+
+    LLaMA-Factory loads every weight in the dtype that the checkpoint's config names, whatever the recipe says. A model
+    whose embeddings are float16 and whose layers compute in bfloat16 would hold its hidden states in float32.
+    """
+
+    @functools.wraps(original)
+    def init_adapter(config, model, model_args, finetuning_args, is_trainable):
+        dtype, only = current().precision, HALF
+        if dtype in (None, UNSET) and not is_trainable and model_args.infer_dtype != "auto":
+            dtype, only = getattr(torch, model_args.infer_dtype), (*HALF, torch.float32)
+        model = original(config, model, model_args, finetuning_args, is_trainable)
+        if isinstance(dtype, torch.dtype):
+            frozen = [not is_trainable or not parameter.requires_grad for parameter in model.parameters()]
+            cast(itertools.compress(model.named_parameters(), frozen), dtype, only)
+            if not is_trainable:
+                name_dtype(model.config, dtype)
+        return model
+
+    return init_adapter
+
+
+def cast(weights: Iterable[tuple[str, torch.nn.Parameter]], dtype: torch.dtype, only: tuple[torch.dtype, ...]) -> None:
+    """Casts those of the named weights that have a dtype of `only`.
+
+    Left as they are: packed weights of a quantized model, what ZeRO-3 has partitioned, and adapters, which are float32
+    beside any base.
+    """
+    for name, parameter in weights:
+        plain = type(parameter) is torch.nn.Parameter and not hasattr(parameter, "ds_id") and "lora_" not in name
+        if plain and parameter.dtype in only:
+            parameter.data = parameter.data.to(dtype)
+
+
+def name_dtype(config, dtype: torch.dtype) -> None:
+    """Sets the dtype that a config names, for its parts too: the published one names two."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
 
 
 def published_export(original):

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..arguments import PluginArguments
 
+UNSET = object()
+
 
 @dataclass
 class Run:
@@ -18,6 +20,7 @@ class Run:
     variables      environment variables that were set for this recipe, with their values
     skipped        rows left out so far, as skipped_rows.jsonl lists them, out of `considered` rows
     shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
+    precision      the dtype of bf16, fp16 or pure_bf16; None where the recipe has none; unset until a model is loaded
     resumes_named  whether the recipe names its checkpoint: LLaMA-Factory fills in the newest one where it does not
     """
 
@@ -27,6 +30,7 @@ class Run:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     considered: int = 0
     shared_prefix: bool = True
+    precision: Any = UNSET
     resumes_named: bool = False
 
     def set_default(self, variable: str, value: str) -> None:

@@ -19,6 +19,8 @@ SWAPS = (
     ("llamafactory.model.patcher", "configure_quantization", model.spare_vision),
     ("llamafactory.model.loader", "load_config", model.limit_config),
     ("llamafactory.model.loader", "patch_processor", model.limit_processor),
+    # frozen weights in the dtype that the recipe asks for, not in the checkpoint's
+    ("llamafactory.model.loader", "init_adapter", model.one_dtype),
     # published tensor names and the base model's own processor files on export
     ("llamafactory.train.tuner", "load_model", model.published_export),
     ("llamafactory.train.tuner", "load_tokenizer", model.untouched_tokenizer_files),

@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..step import attention, orpo
 from ..step.model import packed_logps, prepare
 from ..step.packing import TokenPair, pack
+from ..upstream import keep_frozen_tower_out_of_autograd
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # bitsandbytes' block sizes: weights per absmax, absmax values per second absmax
 aten = torch.ops.aten
@@ -69,7 +70,7 @@ class Setting:
     def of(cls, recipe: Mapping[str, Any], target: str, config=None) -> Setting:
         """The setting of a recipe. Raises UserError for a key whose cost is not traced.
 
-        Frozen weights have the dtype that the model's config names, as LLaMA-Factory 0.9.5 loads them ("auto").
+        Frozen weights have the dtype that the model's config names, or the recipe's where both have 16 bits.
         """
         kind = recipe.get("finetuning_type", "lora")
         if kind not in ("lora", "full"):
@@ -81,10 +82,12 @@ class Setting:
         if reference and kind == "full":
             raise UserError("pref_loss: a reference model beside full tuning is not planned; use orpo or simpo.")
         half = next((dtype for key, dtype in _HALF.items() if recipe.get(key)), None)
+        named = getattr(config, "dtype", None)
+        weights = half if named is None or half and named.itemsize == 2 else named
         targets = recipe.get("lora_target") or "all"
         return cls(
             target=target,
-            weights=getattr(config, "dtype", None) or half or torch.float32,
+            weights=weights or torch.float32,
             compute=half or torch.float32,
             autocast=None if recipe.get("pure_bf16") else half,
             quantized=bits == 4,
@@ -259,13 +262,6 @@ class _NF4Linear(torch.nn.Linear):
         return out.to(x.dtype).clone()  # PEFT's 4-bit layers clone their base layer's result
 
 
-class _Sizes(list):
-    """(height, width) per image on the host, in the form `packed_logps` moves to a device."""
-
-    def to(self, device: Any) -> _Sizes:
-        return self
-
-
 def trace(config, setting: Setting, groups: Sequence[Sequence[PairSize]]) -> Traced:
     """Traces one micro-batch of groups of pairs (one group per image) on a LLaVA-NeXT of this config.
 
@@ -343,7 +339,7 @@ def _batch(config, groups: Sequence[Sequence[PairSize]], mode: FakeTensorMode) -
         inputs: dict[str, Any] = {}
         if images:
             inputs["pixel_values"] = torch.empty(len(images), tiles, 3, side, side)
-            inputs["image_sizes"] = _Sizes([size.height, size.width] for size in images)
+            inputs["image_sizes"] = [[size.height, size.width] for size in images]
     return {"packed": _faked(packed, mode), "image_inputs": inputs, "groups": groups, "tokens": packed.num_tokens}
 
 
@@ -435,6 +431,7 @@ def _model(config, setting: Setting):
         flags.update(use_reentrant_gc=setting.reentrant, upcast_lmhead_output=False)
         prepare_model_for_training(model, SimpleNamespace(**flags))
     model = _with_trainable(model, setting)
+    keep_frozen_tower_out_of_autograd(attention.unwrap(model).model.vision_tower)
     model.train()
     if setting.shared:
         prepare(model, "cpu")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -23,12 +23,14 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from . import last_layer
+from .image_features import features_at_positions
 from .packing import PackedBatch, SharedPrefixLayout
 
 logger = logging.getLogger("llamafactory." + __name__)  # shown with or without LLaMA-Factory
 
 BACKENDS = ("sdpa", "flex")
 FLEX_TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+CUDNN_FIRST = (9, 10)  # major compute capabilities whose SDPA takes cuDNN before flash (torch 2.11, sdp_utils.cpp)
 _PREFIX = "shared_prefix"
 
 
@@ -47,6 +49,22 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
     if requested == "flex" and kind != "cuda":
         raise UserError(f"shared-prefix attention 'flex' cannot train on {kind} (no backward): use 'sdpa'")
     return requested, f"requested: {requested} on {kind}"
+
+
+def choose_cudnn(device: torch.device | str, wanted: bool = False) -> str:
+    """Switches cuDNN's attention off for this process where SDPA would prefer it, unless `wanted`.
+
+    Returns a line to log, which is "" where nothing was to decide: on CPUs and on GPUs before Hopper. cuDNN plans anew
+    for every new shape, and nearly every packed batch has new ones: its image, question and answers decide three shapes
+    a group.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in CUDNN_FIRST:
+        return ""
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    if wanted:
+        return "cuDNN's attention is on (cudnn_attention: true)."
+    return "cuDNN's attention is off: it would plan anew for every new shape (cudnn_attention: true keeps it)."
 
 
 def enable(model, backend: str = "sdpa", text_only: bool = False) -> str:
@@ -101,23 +119,26 @@ def packed_forward(model, packed: PackedBatch, **image_inputs) -> torch.Tensor:
     """Logits (1, K, V) at `packed.logits_to_keep`, from one forward over the packed sequence.
 
     image_inputs: what the model's image processor made, one entry per group that has an image, in the order of the
-    groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes (num images, 2)); handed to the model
-    as they are. `packed` must be on the model's device. Raises ValueError when the model was not enabled: it would
-    silently ignore the layout and attend wrongly.
+    groups (LLaVA-NeXT: pixel_values (num images, tiles, 3, H, W) and image_sizes, (height, width) per image, a list on
+    the host); handed to the model as they are. `packed` must be on the model's device. Raises ValueError when the model
+    was not enabled (it would silently ignore the layout and attend wrongly), and for another number of image features
+    than image tokens.
     """
     if not is_enabled(model):
         raise ValueError("the model has no shared-prefix attention: call attention.enable first")
-    trimmed = last_layer.serves(unwrap(model).config.get_text_config())
-    return model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments), so no T x T mask is built.
-        attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
-        use_cache=False,
-        logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
-        shared_prefix_layout=packed.layout,
-        **image_inputs,
-    ).logits
+    inner = unwrap(model)
+    trimmed = last_layer.serves(inner.config.get_text_config())
+    with features_at_positions(inner, packed.image_positions) if image_inputs else nullcontext():
+        return model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # 4-D masks count as ready made (masking_utils._preprocess_mask_arguments), so no T x T mask is built.
+            attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            use_cache=False,
+            logits_to_keep=packed.layout.read.index if trimmed else packed.logits_to_keep,
+            shared_prefix_layout=packed.layout,
+            **image_inputs,
+        ).logits
 
 
 def register(base: str, backend: str) -> str:

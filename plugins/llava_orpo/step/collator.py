@@ -26,7 +26,7 @@ class SharedPrefixCollator:
         packed        PackedBatch; its pairs are in the order of `rows`
         image_inputs  what the model's image processor makes of the images, handed to the model as it is; empty for
                       text-only batches. LLaVA-NeXT: pixel_values (num_groups_with_image, max tiles, 3, tile, tile)
-                      and image_sizes (num_groups_with_image, 2), (height, width)
+                      and image_sizes, [height, width] of each, a list: the model reads them on the host
         weights       (n,) fp32, 1.0 for a good pair, 0.0 for one that is excluded from loss and metrics: its image
                       can't be decoded (a grey picture takes its place, so that the batch keeps its shape on every
                       rank), or it holds an empty place (`order.Padding`, or a stand-in, see below)
@@ -79,6 +79,8 @@ class SharedPrefixCollator:
             weights += [0.0 if reason or row.get("padding") else 1.0 for row in group]
             rows += group
         image_inputs = dict(self.processor.image_processor(pictures, return_tensors="pt")) if pictures else {}
+        if isinstance(sizes := image_inputs.get("image_sizes"), torch.Tensor):
+            image_inputs["image_sizes"] = sizes.tolist()
         return {
             "packed": packed,
             "image_inputs": image_inputs,

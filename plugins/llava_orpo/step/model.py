@@ -27,15 +27,16 @@ class PackedLogps(NamedTuple):
     lengths: torch.Tensor
 
 
-def prepare(model, device: torch.device | str, backend: str = "auto") -> str:
+def prepare(model, device: torch.device | str, backend: str = "auto", cudnn_attention: bool = False) -> str:
     """Gives the model shared-prefix attention and keeps its 4-bit layers trainable; returns a line for the log.
 
+    cudnn_attention: see `attention.choose_cudnn`; it holds for the whole process, the vision tower too.
     Raises ValueError for a backend or a model that cannot be served (see `attention.enable`).
     """
     chosen, reason = attention.choose_backend(device, backend)
     attention.enable(model, chosen)
     keep_four_bit_trainable(model)
-    return f"Shared-prefix attention: {chosen} ({reason})."
+    return f"Shared-prefix attention: {chosen} ({reason}). {attention.choose_cudnn(device, cudnn_attention)}".rstrip()
 
 
 def packed_logps(model, batch: dict[str, Any], device: torch.device, skip_unread: bool = True) -> PackedLogps:
@@ -44,7 +45,10 @@ def packed_logps(model, batch: dict[str, Any], device: torch.device, skip_unread
     skip_unread: leave out the vision layers that LLaVA does not read; only for a frozen vision tower.
     """
     packed = batch["packed"].to(device)
-    image_inputs = {key: value.to(device) for key, value in batch["image_inputs"].items()}
+    image_inputs = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch["image_inputs"].items()
+    }
     with skip_unread_vision_layers(attention.unwrap(model)) if skip_unread else nullcontext():
         logits = attention.packed_forward(model, packed, **image_inputs)
     sums, lengths = response_logps(logits, packed)

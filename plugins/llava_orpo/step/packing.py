@@ -183,7 +183,8 @@ class PackedBatch:
                              once for each response that starts there
     targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
     lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
-    num_image_tokens         placeholders in the sequence (0 when `pack` was not told the image token)
+    image_positions          (P,) int64 positions of the image tokens, ascending (none when `pack` was not told which
+                             token that is)
     """
 
     input_ids: torch.Tensor
@@ -193,7 +194,7 @@ class PackedBatch:
     targets: torch.Tensor
     lengths: torch.Tensor
     response_lengths: tuple[int, ...]
-    num_image_tokens: int
+    image_positions: torch.Tensor
 
     @property
     def n_pairs(self) -> int:
@@ -207,6 +208,10 @@ class PackedBatch:
     def response_tokens(self) -> tuple[int, int]:
         """Tokens of all chosen responses, and of all rejected ones."""
         return sum(self.response_lengths[: self.n_pairs]), sum(self.response_lengths[self.n_pairs :])
+
+    @property
+    def num_image_tokens(self) -> int:
+        return len(self.image_positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
@@ -349,7 +354,9 @@ class _Row:
             targets=torch.tensor([token for _, ids in ordered for token in ids]),
             lengths=lengths,
             response_lengths=response_lengths,
-            num_image_tokens=0 if self.image_token_id is None else self.ids.count(self.image_token_id),
+            image_positions=torch.tensor(
+                [i for i, token in enumerate(self.ids) if token == self.image_token_id]
+            ).long(),
         )
 
 

@@ -38,9 +38,13 @@ from ..step.model import packed_logps, prepare
 from ..step.order import PaddedRows, PairOrder
 from ..step.parts import chosen_first, filled_up, num_tokens, parts_of, response_tokens
 from ..upstream import (
+    LossOnHost,
     forget_step,
     fsdp_optimizer_loaded,
     load_onto_numbered_cpus,
+    logs_now,
+    loss_on_host,
+    mean_loss,
     random_state,
     read_window,
     set_random_state,
@@ -71,13 +75,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self.plugin = plugin_arguments
         super().__init__(*args, **kwargs)
         for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
-            line = prepare(model, self.args.device, self.plugin.attention_backend)
+            line = prepare(model, self.args.device, self.plugin.attention_backend, self.plugin.cudnn_attention)
         logger.info_rank0(line)
         tower = unwrap(self.model).model.vision_tower
         self._tower_frozen = not any(p.requires_grad for p in tower.parameters())
         self._pairs_in_step: torch.Tensor | None = None  # see get_batch_samples
         self._told_of_parts: set[str] = set()
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
+        self._read: dict[str, float] = {}  # see _read_window
         self._bad_images: set[tuple[str, str, int]] = set()
         self._waited, self._since = 0.0, time.perf_counter()
         self.survival: Survival | None = None  # see survival.attach
@@ -236,7 +241,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
         n = packed.n_pairs
         with torch.no_grad():
-            split = int(packed.lengths[:n].sum())
+            split = sum(packed.response_lengths[:n])  # on the host: `lengths` would have to come from the device
             flat = logits.detach().reshape(-1, logits.shape[-1])
             chosen_logits, rejected_logits = flat[:split].float().mean(), flat[split:].float().mean()
         return {
@@ -357,11 +362,10 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         """
         sums = self._sums.setdefault(train_eval, {})
         for key, value in metrics.items():
-            sums[key] = (
-                sums.get(key, 0.0) + torch.as_tensor(value, dtype=torch.float32, device=self.args.device) * count
-            )
-        counted = torch.as_tensor(count if pairs is None else pairs, dtype=torch.float32, device=self.args.device)
-        sums[""] = sums.get("", 0.0) + counted  # the number of pairs
+            if not isinstance(value, torch.Tensor):  # LLaMA-Factory's own evaluation has read them
+                value = torch.tensor(value, device=self.args.device)
+            sums[key] = sums.get(key, 0.0) + value.float() * count
+        sums[""] = sums.get("", 0.0) + (count if pairs is None else pairs)  # the number of pairs
 
     def _note_bad_images(self, batch: dict[str, Any]) -> None:
         """Logs and lists each pair whose image could not be decoded, once per run; stops under `bad_rows: error`."""
@@ -383,14 +387,32 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             now = time.perf_counter()
             logs["data_wait_fraction"] = round(self._waited / max(now - self._since, 1e-9), 4)
             self._waited, self._since = 0.0, now
-        sums = self._sums.pop("train" if "loss" in logs else "eval", None)
-        if sums:  # the mean over all pairs since the last log, on all processes
-            values = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
-            terms = dict(zip(sums, values.tolist(), strict=True))
-            pairs = terms.pop("")
-            if pairs:
-                logs.update({key: value / pairs for key, value in terms.items()})
+            terms, self._read = self._read, {}
+        else:
+            terms = self._sums.pop("eval", {})
+            if terms:
+                terms = dict(zip(terms, self._total(terms).tolist(), strict=True))
+        pairs = terms.pop("", 0.0)
+        if pairs:  # the mean over all pairs since the last log, on all processes
+            logs.update({key: value / pairs for key, value in terms.items()})
         Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
+
+    def _total(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sums of all processes, (len(sums),)."""
+        return self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+
+    def _read_window(self, loss: torch.Tensor, norm: torch.Tensor | float | None) -> tuple[float, float | None]:
+        """(loss, gradient norm) of the next log; keeps the terms for `log`. It waits for the device once for all."""
+        sums = self._sums.pop("train", {})
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        device_norm = [norm.reshape(1)] if isinstance(norm, torch.Tensor) else []
+        parts = [mean_loss(loss, self.args).reshape(1), *device_norm, *([self._total(sums)] if sums else [])]
+        mean, *values = torch.cat([part.to(loss.device) for part in parts]).tolist()
+        if device_norm:
+            norm, *values = values
+        self._read = dict(zip(sums, values, strict=True))
+        return mean, norm
 
     # interruptions ------------------------------------------------------------------------------------------
 
@@ -451,8 +473,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         logger.warning_rank0(f"Step {step} is skipped: its loss or gradient is not finite (see {ANOMALIES}).")
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, *args, **kwargs):
+        loss = tr_loss
+        if logs_now(self):
+            mean, grad_norm = self._read_window(tr_loss, grad_norm)
+            loss = LossOnHost(mean)
+            tr_loss.zero_()
         try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+            with loss_on_host():
+                super()._maybe_log_save_evaluate(loss, grad_norm, model, *args, **kwargs)
         except EvaluationStopped:
             self.survival.stopping = self.survival.evaluation_due = True
             self.control.should_evaluate, self.control.should_training_stop = False, True

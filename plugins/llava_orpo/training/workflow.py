@@ -22,6 +22,7 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 from .. import upstream
 from ..data.skipped import report_skipped, summarize_skipped
 from ..errors import hide_tracebacks_of_foreseen_errors
+from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
@@ -120,10 +121,12 @@ def build(
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     upstream.keep_present_layer_names(model)
     checks.freeze_unread(model)
+    upstream.keep_frozen_tower_out_of_autograd(unwrap(model).model.vision_tower)
     reference = None
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
         reference = model if own else create_ref_model(model_args, finetuning_args)
+    training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory  # else each copy waits
     training_args.logging_nan_inf_filter = False  # it hides a diverging loss, and waits for the device twice per batch
     shared = dict(
         model=model,
