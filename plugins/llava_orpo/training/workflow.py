@@ -22,6 +22,7 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 from .. import upstream
 from ..data.skipped import report_skipped, summarize_skipped
 from ..errors import hide_tracebacks_of_foreseen_errors
+from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
@@ -120,6 +121,8 @@ def build(
     model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     upstream.keep_present_layer_names(model)
     checks.freeze_unread(model)
+    if run.arguments.recompute.isdecimal() and not model_args.disable_gradient_checkpointing:
+        upstream.recompute_first(unwrap(model).get_decoder().layers, int(run.arguments.recompute))
     reference = None
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
@@ -158,6 +161,7 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     checks.refuse_unsupported(config, model_args, data_args)
     checks.refuse_unsupported_loading(training_args)
     checks.refuse_other_sharding(training_args)
+    checks.settle_recompute(config, run.arguments, model_args, training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
