@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from helpers.recipes import build_trainer, photo_rows, recipe, step, write_rows
+from helpers.same_training import adapter
 from llava_orpo import precheck, upstream
 from llava_orpo.errors import UserError
+from llava_orpo.integration.run import current
 from llava_orpo.step.attention import unwrap
+from llava_orpo.training import recompute, workflow
+from llava_orpo.training import trainer as trainer_module
 
 LORA = {
     "finetuning_type": "lora",
@@ -115,3 +119,175 @@ def test_contradictions_are_refused_by_name(folder, keys, line):
     assert line in str(refused.value) and "\n" not in str(refused.value)
     (problem,) = precheck.problems(recipe(folder, {**LORA, **keys}))
     assert problem == str(refused.value)
+
+
+# auto -----------------------------------------------------------------------------------------------------------
+
+
+TRAIN = {**LORA, **ON, "per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 2, "logging_steps": 1}
+
+
+def train(folder, name, **keys):
+    """Trains in this process as `llamafactory-cli train` would; returns the adapter."""
+    from llamafactory.hparams import get_train_args
+    from llamafactory.train.callbacks import LogCallback
+
+    *arguments, _ = get_train_args(recipe(folder, {**TRAIN, "output_dir": str(folder / name), **keys}))
+    workflow.run_dpo(current(), *arguments, [LogCallback()])
+    return adapter(folder / name)
+
+
+def needs(folder, keys=TRAIN) -> list[float]:
+    """Bytes computed for the longest batch, by the number of recomputed layers."""
+    (chooser,) = choosers(build_trainer(folder, keys))
+    traces = chooser.traces()
+    return [traces.need(count) for count in range(traces.layers + 1)]
+
+
+def choosers(trainer) -> list[recompute.FewestLayers]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, recompute.FewestLayers)]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines of the log about `recompute`."""
+    lines = []
+    for kind in ("info_rank0", "warning_rank0"):
+        monkeypatch.setattr(recompute.logger, kind, lines.append)
+    return lines
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many layers were recomputed in each forward that trains, the tried ones among them."""
+    seen, packed = [], trainer_module.packed_logps
+
+    def counted(model, *args, **kwargs):
+        if model.training:
+            seen.append(upstream.recomputed(unwrap(model).get_decoder().layers))
+        return packed(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "packed_logps", counted)
+    return seen
+
+
+class OutOfMemory:
+    """Raises torch's error in the last layer's attention, at the calls of the given numbers."""
+
+    def __init__(self, monkeypatch, *at: int):
+        self.calls, self.at = 0, at
+        packed = trainer_module.packed_logps
+
+        def failing(model, *args, **kwargs):
+            self.calls += 1
+            if self.calls - 1 not in self.at:
+                return packed(model, *args, **kwargs)
+            layer = unwrap(model).get_decoder().layers[-1]
+            handle = layer.self_attn.register_forward_pre_hook(self._fail)
+            try:
+                return packed(model, *args, **kwargs)
+            finally:
+                handle.remove()
+
+        monkeypatch.setattr(trainer_module, "packed_logps", failing)
+
+    def _fail(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The adapter of a training that recomputes every layer, and the bytes computed for each number of layers."""
+    return train(folder, "whole", recompute="all"), needs(folder)
+
+
+def limit_of(monkeypatch, limit):
+    monkeypatch.setattr(recompute, "memory_limit", lambda device: int(limit))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_auto_takes_the_fewest_layers_and_changes_nothing(folder, whole, monkeypatch, said, runs, count):
+    expected, needed = whole
+    assert needed[0] > needed[1] > needed[2] > recompute.RESERVE
+    limit_of(monkeypatch, needed[count] + 1)
+    found = train(folder, f"auto-{count}")
+    assert runs == [count] * 4, "the longest batch is tried once before three steps"
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert f"auto recomputes {count} of 2 decoder layers." in said[-1] and "GB computed for the longest" in said[0]
+
+
+def test_without_a_gpu_nothing_is_tried(folder, runs, said):
+    train(folder, "cpu", max_steps=1)
+    assert runs == [2] and said == []
+
+
+def test_it_goes_back_one_notch_at_a_time(folder, whole, monkeypatch, said, runs):
+    limit_of(monkeypatch, 1e12)
+    OutOfMemory(monkeypatch, 0, 1)
+    found = train(folder, "back")
+    assert runs == [0, 1, 2, 2, 2, 2]
+    assert all(torch.equal(tensor, whole[0][name]) for name, tensor in found.items())
+    assert [line for line in said if "does not fit" in line] == [
+        f"recompute: the longest batch does not fit with {n} of 2 layers recomputed; now {n + 1} are." for n in (0, 1)
+    ]
+
+
+def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch, said):
+    limit_of(monkeypatch, 1e12)
+    OutOfMemory(monkeypatch, 0, 1, 2)
+    with pytest.raises(UserError, match="Out of memory before the first step.*Lower per_device_train_batch_size"):
+        train(folder, "never")
+    limit_of(monkeypatch, 1)
+    build = choosers(build_trainer(folder, TRAIN))
+    assert build[0]._planned(1, 2) == 2 and "It may not fit" in said[-1]
+
+
+def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch):
+    trainer = build_trainer(folder, {**TRAIN, "gradient_accumulation_steps": 2})
+    trainer.create_optimizer()
+    (chooser,) = choosers(trainer)
+    longest = max(row_tokens(row) for row in trainer.train_dataset)
+    seen, forward = [], trainer.pair_losses
+
+    def looked_at(model, batch):
+        held = [p.grad is not None for p in model.parameters() if p.requires_grad]
+        seen.append((all(held), model.training, max(row_tokens(row) for row in batch["rows"])))
+        return forward(model, batch)
+
+    monkeypatch.setattr(trainer, "pair_losses", looked_at)
+    layers = unwrap(trainer.model).get_decoder().layers
+    assert chooser._tried(layers, 1) == 1
+    assert seen == [(True, True, longest)]
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer._sums == {} and not trainer._anomalies.pairs(), "the try is in no log"
+
+
+def row_tokens(row) -> int:
+    return row["num_image_tokens"] + sum(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def test_a_later_out_of_memory_saves_the_state_and_names_the_key(folder, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        OutOfMemory(patch, 1)
+        with pytest.raises(UserError) as stopped:
+            train(folder, "later", recompute=1, dataloader_num_workers=0)
+    assert str(stopped.value) == (
+        "Out of memory in step 2, with 1 of 2 decoder layers recomputed: checkpoint-1 is saved. Set `recompute: 2`; the "
+        "same command goes on from checkpoint-1."
+    )
+    found = train(folder, "later", recompute=2)
+    assert all(torch.equal(tensor, whole[0][name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"recompute": "all"}, "no step was made. Lower per_device_train_batch_size or anyres_max_tiles"),
+        ({"disable_gradient_checkpointing": True}, "Leave `disable_gradient_checkpointing` and `recompute` out"),
+    ],
+)
+def test_every_out_of_memory_has_its_remedy(folder, monkeypatch, keys, words):
+    OutOfMemory(monkeypatch, 0)
+    with pytest.raises(UserError) as stopped:
+        train(folder, "first", **keys)
+    assert words in str(stopped.value) and "\n" not in str(stopped.value)

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .gpus import Gpu
+from .recomputed import Recomputed
 from .sizes import Data, assumed, group_tokens, largest
 from .trace import PairSize, Setting, Traced, trace
 
 RESERVE = 1.5e9  # assumed: CUDA context, allocator rounding and fragmentation, temporaries inside kernels
 UTILIZATION = 0.4
+UNCHANGED = {"disable_gradient_checkpointing": False, "recompute": "auto"}  # what some keys are when they are left out
 REMEDIES = (
     {"disable_gradient_checkpointing": False},
+    {"recompute": "auto"},
     {"per_device_train_batch_size": 1},
     {"quantization_bit": 4},
     {"anyres_max_tiles": 2},
@@ -43,6 +46,12 @@ def engines(traced: Traced, ranks: int, quantized: bool) -> dict[str, float | No
     return out
 
 
+def need_of(traced: Traced, ranks: int, quantized: bool, engine: str | None = None) -> float:
+    """Bytes at the peak on each of `ranks` GPUs, the reserve included; engine: of `engines`, else DDP or one GPU."""
+    found = engines(traced, ranks, quantized)
+    return found.get(engine or "DDP") or found["DDP"] or found["one GPU"]
+
+
 def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, list, dict[str, float]]:
     """(a typical batch, the longest batch, figures of the epoch) as lists of groups of pair sizes."""
     size = int(recipe.get("per_device_train_batch_size", 8))
@@ -65,20 +74,12 @@ def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, lis
     for pairs in (2, 4, 8):
         batches = data.groups(max(size, pairs), pairs)
         figures[f"tokens_per_pair_grouped_{pairs}"] = sum(map(_tokens, batches)) / data.pairs
-    return min(full, key=lambda batch: abs(_tokens(batch) - mean)), _worst(data, size, max_pairs), figures
+    longest = [[data.sizes[i] for i in run] for run in data.longest(size, max_pairs)]
+    return min(full, key=lambda batch: abs(_tokens(batch) - mean)), longest, figures
 
 
 def _tokens(batch: Sequence[Sequence[PairSize]]) -> int:
     return sum(map(group_tokens, batch))
-
-
-def _worst(data: Data, size: int, max_pairs: int | None) -> list[list[PairSize]]:
-    """The longest batch a shuffled epoch can draw: the longest pairs, together."""
-    longest = sorted(data.sizes, key=lambda pair: -pair.tokens)[:size]
-    if max_pairs is None or size == 1:
-        return [[pair] for pair in longest]
-    batches = data.groups(size, max_pairs)
-    return max(batches, key=_tokens)
 
 
 def plan(
@@ -95,8 +96,19 @@ def plan(
     """The whole result for one recipe, ready for JSON. sources: where config and data sizes come from."""
     setting = Setting.of(recipe, target, config)
     typical, longest, figures = batches_of(data, recipe, config)
-    usual = trace(config, setting, typical)
-    worst = usual if typical == longest else trace(config, setting, longest)
+
+    def need(traced: Traced) -> float:
+        return need_of(traced, ranks, setting.quantized)
+
+    counted = Recomputed(config, setting, longest, need)
+    usually = counted if typical == longest else Recomputed(config, setting, typical, need)
+    automatic = setting.checkpointing and setting.shared and str(recipe.get("recompute", "auto")) == "auto"
+    count = 0 if not setting.checkpointing else counted.layers if setting.recompute is None else setting.recompute
+    if setting.checkpointing:
+        usual, worst = usually.at(count), counted.at(count)
+    else:
+        usual = trace(config, setting, typical)
+        worst = usual if typical == longest else trace(config, setting, longest)
     epochs = float(recipe.get("num_train_epochs", 3.0))
     flops = usual.flops / usual.pairs
     peaks = engines(worst, ranks, setting.quantized)
@@ -127,11 +139,17 @@ def plan(
         "gpus": {},
         "remedies": {},
     }
-    needed = peaks["DDP"] or peaks["one GPU"]
+    needed = need(worst)
+    out["layers"] = counted.layers
     for gpu in gpus:
+        chosen = counted.fewest(gpu.memory) if automatic and needed <= gpu.memory else count
+        peak = needed if chosen == count else counted.need(chosen)
+        flops = (usual if chosen == count else usually.at(chosen)).flops / usual.pairs
+        recomputed = {"recompute": chosen, "peak_bytes": peak, "tflop_per_pair": flops / 1e12}
         hours = flops * data.pairs * epochs / (gpu.rate * utilization) / 3600 / ranks
         fits = {name: None if peak is None else peak <= gpu.memory for name, peak in peaks.items()}
         out["gpus"][gpu.name] = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source, "hours": hours, **fits}
+        out["gpus"][gpu.name] |= recomputed
     if target == "cuda" and try_remedies and any(needed > gpu.memory for gpu in gpus):
         out["remedies"] = remedies(recipe, config, data, gpus, target)
     return out
@@ -143,8 +161,10 @@ def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu],
     out: dict[str, Any] = {gpu.name: None for gpu in gpus}
     for step in REMEDIES:
         (key, value) = next(iter(step.items()))
-        if recipe.get(key, {"quantization_bit": None, "anyres_max_tiles": None}.get(key)) == value:
+        if recipe.get(key, UNCHANGED.get(key)) == value:
             continue
+        if key == "quantization_bit" and recipe.get("finetuning_type", "lora") != "lora":
+            continue  # only LoRA trains beside 4-bit weights
         changed |= step
         tried = {**recipe, **changed}
         if key == "anyres_max_tiles":
@@ -221,8 +241,10 @@ def show(result: Mapping[str, Any]) -> str:
     rows = []
     for name, gpu in result["gpus"].items():
         fits = ["fits" if gpu[engine] else "does not fit" for engine in engines_]
-        rows.append([name, gb(gpu["memory"]), *fits, f"{gpu['hours']:.3g}"])
-    lines.append(table(rows, ["GPU", "GB", *engines_, f"hours for {result['epochs']:g} epochs"]))
+        recompute = f"{gpu['recompute']} of {result['layers']}"
+        rows.append([name, gb(gpu["memory"]), *fits, recompute, gb(gpu["peak_bytes"]), f"{gpu['hours']:.3g}"])
+    head = ["GPU", "GB", *engines_, "layers recomputed", "GB then", f"hours for {result['epochs']:g} epochs"]
+    lines.append(table(rows, head))
     for name, remedy in result["remedies"].items():
         if result["gpus"][name]["one GPU"]:
             continue

@@ -7,6 +7,7 @@ before this point; the step itself is in `trainer`.
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
+from .recompute import FewestLayers
 from .stopping import StopRequest
 from .survival import attach, choose_checkpoint, same_command, told_what_to_do
 from .trainer import SharedPrefixTrainer
@@ -140,6 +142,9 @@ def build(
     if run.shared_prefix:
         collator = SharedPrefixCollator.of(processor, model, run.arguments, training_args.world_size)
         trainer = SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
+        if run.arguments.recompute == "auto" and not model_args.disable_gradient_checkpointing:
+            keys = [vars(part) for part in (data_args, model_args, finetuning_args, training_args, run.arguments)]
+            trainer.add_callback(FewestLayers(trainer, dict(ChainMap(*keys))))
         attach(trainer, request or StopRequest())
         return trainer
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
