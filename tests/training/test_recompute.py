@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.ranks import train_on_processes
 from helpers.recipes import build_trainer, photo_rows, recipe, step, write_rows
 from helpers.same_training import adapter
 from llava_orpo import precheck, upstream
@@ -205,7 +208,9 @@ def limit_of(monkeypatch, limit):
     monkeypatch.setattr(recompute, "memory_limit", lambda device: int(limit))
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize(
+    "count", [pytest.param(0, marks=pytest.mark.heavy), 1, pytest.param(2, marks=pytest.mark.heavy)]
+)
 def test_auto_takes_the_fewest_layers_and_changes_nothing(folder, whole, monkeypatch, said, runs, count):
     expected, needed = whole
     assert needed[0] > needed[1] > needed[2] > recompute.RESERVE
@@ -242,7 +247,7 @@ def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch, said):
     assert build[0]._planned(1, 2) == 2 and "It may not fit" in said[-1]
 
 
-def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch):
+def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch, said):
     trainer = build_trainer(folder, {**TRAIN, "gradient_accumulation_steps": 2})
     trainer.create_optimizer()
     (chooser,) = choosers(trainer)
@@ -252,13 +257,22 @@ def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeyp
     def looked_at(model, batch):
         held = [p.grad is not None for p in model.parameters() if p.requires_grad]
         seen.append((all(held), model.training, max(row_tokens(row) for row in batch["rows"])))
+        drawn()
         return forward(model, batch)
 
+    def drawn():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
     monkeypatch.setattr(trainer, "pair_losses", looked_at)
-    layers = unwrap(trainer.model).get_decoder().layers
-    assert chooser._tried(layers, 1) == 1
+    before = upstream.random_state()
+    expected = drawn()
+    upstream.set_random_state(before)
+    limit_of(monkeypatch, 1e12)
+    trainer.model.eval()
+    chooser.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert seen == [(True, True, longest)]
-    assert all(p.grad is None for p in trainer.model.parameters())
+    assert drawn() == expected, "the random states are those of a training without the try"
+    assert all(p.grad is None for p in trainer.model.parameters()) and not trainer.model.training
     assert trainer._sums == {} and not trainer._anomalies.pairs(), "the try is in no log"
 
 
@@ -272,8 +286,8 @@ def test_a_later_out_of_memory_saves_the_state_and_names_the_key(folder, whole, 
         with pytest.raises(UserError) as stopped:
             train(folder, "later", recompute=1, dataloader_num_workers=0)
     assert str(stopped.value) == (
-        "Out of memory in step 2, with 1 of 2 decoder layers recomputed: checkpoint-1 is saved. Set `recompute: 2`; the "
-        "same command goes on from checkpoint-1."
+        "Out of memory in step 2, with 1 of 2 decoder layers recomputed: checkpoint-1 is saved. Set `recompute: 2`; "
+        "the same command goes on from checkpoint-1."
     )
     found = train(folder, "later", recompute=2)
     assert all(torch.equal(tensor, whole[0][name]) for name, tensor in found.items())
@@ -291,3 +305,15 @@ def test_every_out_of_memory_has_its_remedy(folder, monkeypatch, keys, words):
     with pytest.raises(UserError) as stopped:
         train(folder, "first", **keys)
     assert words in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.heavy
+def test_processes_take_the_largest_need_and_go_back_together(folder):
+    """Room for 0 and for 1 layer kept; the second process is out of memory at the first try: both recompute 2."""
+    shared = {**TRAIN, "per_device_train_batch_size": 1, "ddp_timeout": 300}
+    keys = [recipe(folder, {**shared, "output_dir": str(folder / n), "recompute": n}) for n in ("all", "auto")]
+    printed = train_on_processes(folder, keys, 2, module="helpers.short_of_memory", LLAMAFACTORY_VERBOSITY="INFO")
+    assert "does not fit with 1 of 2 layers recomputed; now 2 are" in printed
+    assert "recompute: auto recomputes 2 of 2 decoder layers." in printed
+    expected, found = adapter(folder / "all"), adapter(folder / "auto")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

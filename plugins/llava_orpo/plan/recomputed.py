@@ -36,21 +36,22 @@ class Recomputed:
     def fewest(self, limit: float) -> int | None:
         """The smallest count whose need is at most `limit` bytes; None if even all layers recomputed need more.
 
-        The need falls along a line, and where recomputing one layer is the peak it stays flat. So the chord between a
-        count that needs too much and one that fits is not below the need, and where it meets the limit fits as well:
-        a few traces are enough.
+        Each layer saves the same until recomputing one layer is the peak. So the saving of the first is the most that
+        each can save: no smaller count than it says can be enough, and where that count is enough it is the answer.
         """
         if self.need(0) <= limit:
             return 0
+        saved = self.need(0) - self.need(1)
+        least = math.ceil((self.need(0) - limit) / saved) if saved > 0 else self.layers
+        if least < self.layers and self.need(least) <= limit:
+            return least
         if self.need(self.layers) > limit:
             return None
-        less, enough = 0, self.layers  # recomputing `less` layers needs too much memory
+        less, enough = min(least, self.layers - 1), self.layers
         while enough - less > 1:
-            slope = (self.need(less) - self.need(enough)) / (enough - less)
-            guess = less + math.ceil((self.need(less) - limit) / slope)
-            guess = min(max(guess, less + 1), enough - 1)
-            if self.need(guess) <= limit:
-                enough = guess
+            middle = (less + enough) // 2
+            if self.need(middle) <= limit:
+                enough = middle
             else:
-                less = guess
+                less = middle
         return enough
