@@ -27,6 +27,7 @@ LORA = {
 }
 FULL = {"finetuning_type": "full", "freeze_multi_modal_projector": False}
 GROUPED = {"group_pairs_by_image": True}
+HEAVY = pytest.mark.heavy
 ON = {"disable_gradient_checkpointing": False}
 CASES = {
     "lora": LORA,
@@ -237,14 +238,11 @@ def test_it_goes_back_one_notch_at_a_time(folder, whole, monkeypatch, said, runs
     ]
 
 
-def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch, said):
+def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch):
     limit_of(monkeypatch, 1e12)
     OutOfMemory(monkeypatch, 0, 1, 2)
     with pytest.raises(UserError, match="Out of memory before the first step.*Lower per_device_train_batch_size"):
         train(folder, "never")
-    limit_of(monkeypatch, 1)
-    build = choosers(build_trainer(folder, TRAIN))
-    assert build[0]._planned(1, 2) == 2 and "It may not fit" in said[-1]
 
 
 def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch, said):
@@ -273,6 +271,7 @@ def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeyp
     assert seen == [(True, True, longest)]
     assert drawn() == expected, "the random states are those of a training without the try"
     assert all(p.grad is None for p in trainer.model.parameters()) and not trainer.model.training
+    assert chooser._planned(1, 2) == 2 and "all layers recomputed; 0.0 GB can be had. It may not fit" in said[-1]
     assert trainer._sums == {} and not trainer._anomalies.pairs(), "the try is in no log"
 
 
@@ -293,15 +292,21 @@ def test_a_later_out_of_memory_saves_the_state_and_names_the_key(folder, whole, 
     assert all(torch.equal(tensor, whole[0][name]) for name, tensor in found.items())
 
 
+EVALUATED = {"eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 1, "recompute": 1}
+
+
 @pytest.mark.parametrize(
-    "keys, words",
+    "keys, call, words",
     [
-        ({"recompute": "all"}, "no step was made. Lower per_device_train_batch_size or anyres_max_tiles"),
-        ({"disable_gradient_checkpointing": True}, "Leave `disable_gradient_checkpointing` and `recompute` out"),
+        pytest.param(
+            {"recompute": "all"}, 0, "no step was made. Lower per_device_train_batch_size or anyres", marks=HEAVY
+        ),
+        ({"disable_gradient_checkpointing": True}, 0, "Leave `disable_gradient_checkpointing` and `recompute` out"),
+        pytest.param(EVALUATED, 1, "during an evaluation: lower per_device_eval_batch_size; no checkp", marks=HEAVY),
     ],
 )
-def test_every_out_of_memory_has_its_remedy(folder, monkeypatch, keys, words):
-    OutOfMemory(monkeypatch, 0)
+def test_every_out_of_memory_has_its_remedy(folder, monkeypatch, keys, call, words):
+    OutOfMemory(monkeypatch, call)
     with pytest.raises(UserError) as stopped:
         train(folder, "first", **keys)
     assert words in str(stopped.value) and "\n" not in str(stopped.value)

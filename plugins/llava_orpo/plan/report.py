@@ -286,7 +286,33 @@ def variants(recipe: Mapping[str, Any], config, source: str, gpus: Sequence[Gpu]
             out[name]["longest"] = vars(trace(config, setting, longest))
     cards = {gpu.name: {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source} for gpu in gpus}
     data = assumed(config)
-    return {"model": source, "data": data.source, "pairs": data.pairs, "gpus": cards, "rows": out}
+    recomputed = {str(per_image): recompute(recipe, config, gpus, per_image, target) for per_image in (1, 4)}
+    sources = {"model": source, "data": data.source, "pairs": data.pairs}
+    return {**sources, "gpus": cards, "rows": out, "recompute": recomputed}
+
+
+def recompute(recipe: Mapping[str, Any], config, gpus: Sequence[Gpu], per_image: int, target: str = "cuda") -> dict:
+    """What recomputing fewer layers costs and saves, with `per_image` pairs of one image in a batch.
+
+    {"layers": how many there are, "counts": {number recomputed: {"need": bytes for the longest image, the reserve
+    included, "flops": of a pair on a photograph}}, "gpus": {name: the number `recompute: auto` takes}}
+    """
+    keys = {**recipe, "per_device_train_batch_size": per_image, "group_pairs_by_image": per_image > 1}
+    typical, longest, _ = batches_of(assumed(config, per_image), keys, config)
+    setting = Setting.of(keys, target, config)
+    counted, usually = (
+        Recomputed(config, setting, groups, lambda t: need_of(t, 1, setting.quantized)) for groups in (longest, typical)
+    )
+    chosen = {gpu.name: counted.fewest(gpu.memory) for gpu in gpus}
+    shown = {counted.layers * quarter // 4 for quarter in range(5)} if per_image == 1 else set()
+    counts = sorted(shown | {count for count in chosen.values() if count is not None}, reverse=True)
+    return {
+        "layers": counted.layers,
+        "counts": {
+            str(n): {"need": counted.need(n), "flops": usually.at(n).flops / usually.at(n).pairs} for n in counts
+        },
+        "gpus": chosen,
+    }
 
 
 def benchmark_table(result: Mapping[str, Any]) -> str:
@@ -305,8 +331,20 @@ def benchmark_table(result: Mapping[str, Any]) -> str:
             for gpu in result["gpus"].values()
         ]
         rows.append([side, pairs, checkpointing, f"{flops / 1e12:.1f}", gb(need), *hours])
+    for pairs, found in result["recompute"].items():
+        cells = []
+        for name, gpu in result["gpus"].items():
+            count = found["gpus"][name]
+            flops = found["counts"][str(count)]["flops"]
+            hours = flops * result["pairs"] / (gpu["rate"] * UTILIZATION) / 3600
+            cells.append(f"{hours:.0f} h, {count} of {found['layers']}")
+        rows.append(["shared prefix", pairs, "auto", "-", "-", *cells])
     head = ["computed, not run", "pairs/image", "checkpointing", "TFLOP/pair", "GB", *result["gpus"]]
-    return "\n".join([table(rows, head), "", *_assumptions(result)])
+    auto = (
+        "auto: `recompute: auto`, the default, with the number of decoder layers that it recomputes on that GPU, which "
+        "must hold the longest image too."
+    )
+    return "\n".join([table(rows, head), "", auto, "", *_assumptions(result)])
 
 
 def _assumptions(result: Mapping[str, Any]) -> list[str]:
@@ -343,6 +381,12 @@ def scaling_page(result: Mapping[str, Any]) -> str:
         peak = found["peak"]
         rows.append([label, f"{found['tokens']:,}", gb(kept), gb(peak - kept), gb(peak), gb(peak + RESERVE)])
     one = result["rows"]["recipe"]["longest"]
+    found = result["recompute"]["1"]
+    recomputed = [
+        [f"{count} of {found['layers']}", gb(row["need"]), f"{row['flops'] / 1e12:.1f}"]
+        for count, row in found["counts"].items()
+    ]
+    automatic = ", ".join(f"{count} on the {name}" for name, count in found["gpus"].items())
     parts = [
         ["frozen weights (decoder NF4, the rest bf16)", gb(one["frozen"])],
         [f"LoRA, {one['trainable_parameters'] / 1e6:.1f} M parameters in fp32", gb(one["trainable"])],
@@ -369,6 +413,11 @@ def scaling_page(result: Mapping[str, Any]) -> str:
             "One pair on the longest image, in parts:",
             "",
             table(parts, ["what", "GB"]),
+            "",
+            "One pair by `recompute`, memory for the longest image and FLOPs for a 640x480 photograph. The default,",
+            f"`recompute: auto`, recomputes as few layers as the memory of the GPU allows: {automatic}.",
+            "",
+            table(recomputed, ["decoder layers recomputed", "with reserve, GB", "TFLOP/pair"]),
             "",
             *_assumptions(result)[2:],
             "",
