@@ -3,6 +3,7 @@
     python benchmarks/orpo_step.py --geometry mid                       # 1 pair per image
     python benchmarks/orpo_step.py --geometry mid --pairs-per-image 4   # and 4 on one image, group_pairs_by_image
     python benchmarks/orpo_step.py --geometry slice7b --repeats 2       # the 7B's widths, 2 of its 32 layers; 20 GB
+    python benchmarks/orpo_step.py --geometry mid --recompute           # with gradient checkpointing
 
 Both sides have the same weights, token ids and pixels (640x480 photographs, 336-pixel anyres), fp32, and LoRA on
 decoder and projector (rank 64 at the 7B's width, 8 for mid), without gradient checkpointing and optimizer step.
@@ -10,6 +11,10 @@ LLaMA-Factory takes several pairs of an image one after the other (batch 1 with 
 as fast as a batch and takes the least memory. Times are medians of runs in turn, A B A B. Peak memory is the process's
 high-water mark above what it held after loading, each side in a process of its own.
 Writes results/step_<geometry>_<pairs>.json.
+
+--recompute: both sides with gradient checkpointing, which is LLaMA-Factory's default and what a recipe gets: its step
+against ours with `recompute` all, half of the decoder layers, and none. Writes
+results/recompute_<geometry>_<pairs>.json.
 """
 
 from __future__ import annotations
@@ -25,17 +30,28 @@ import measure
 import setting
 
 SIDES = ("stock", "ours")
+RECOMPUTE = ("stock", "all", "half", "none")  # LLaMA-Factory with checkpointing; ours by its `recompute`
 
 
 def batches(side: str, trainer, pairs: int) -> list[dict]:
     """The micro-batches of one step: `pairs` single pairs for LLaMA-Factory, one packed row for ours."""
-    indices = [[i] for i in range(pairs)] if side == "stock" else [list(range(pairs))]
+    indices = [[i] for i in range(pairs)] if side.endswith("stock") else [list(range(pairs))]
     return [setting.collate(trainer, picked) for picked in indices]
 
 
 def build(side: str, geometry: str, folder: Path, pairs: int):
-    keys = {"group_pairs_by_image": True, "max_pairs_per_image": pairs} if side == "ours" and pairs > 1 else {}
-    return setting.build(side, geometry, folder, **keys)
+    """The trainer of one of `SIDES`, without checkpointing, or of `RECOMPUTE` as "recompute-<side>"."""
+    grouped = {"group_pairs_by_image": True, "max_pairs_per_image": pairs} if pairs > 1 else {}
+    side, _, recompute = side.partition("-")
+    if not recompute:
+        return setting.build(side, geometry, folder, **(grouped if side == "ours" else {}))
+    keys = {"disable_gradient_checkpointing": False}
+    if recompute == "stock":
+        return setting.build("stock", geometry, folder, **keys)
+    half = setting.GEOMETRIES[geometry].text[2] // 2
+    return setting.build(
+        "ours", geometry, folder, recompute=half if recompute == "half" else recompute, **keys, **grouped
+    )
 
 
 def lm_tokens(side: str, micro: list[dict]) -> int:
@@ -96,6 +112,77 @@ def compare(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
     return result
 
 
+def compare_recompute(geometry: str, pairs: int, repeats: int, folder: Path) -> dict:
+    """Measures everything but memory of `RECOMPUTE`, in this process; gradients against LLaMA-Factory's."""
+    setting.write_rows(folder, 1, pairs)
+    trainers = {side: build(f"recompute-{side}", geometry, folder, pairs) for side in RECOMPUTE}
+    micro = {side: batches(side, trainer, pairs) for side, trainer in trainers.items()}
+    result: dict = {"geometry": geometry, "pairs_per_image": pairs, "repeats": repeats, "sides": {}}
+    expected: dict = {}
+    for side, trainer in trainers.items():
+        if side != "stock":
+            setting.share_weights(trainers["stock"].model, trainer.model)
+        share = 1 / len(micro[side])
+
+        def one_pass(side=side, trainer=trainer, share=share):
+            for batch in micro[side]:
+                setting.forward_backward(trainer, batch, share)
+
+        if side == "stock":
+            setting.share_weights(trainer.model, trainer.model)  # LoRA's B becomes nonzero
+        flops = measure.count_flops(one_pass)["total"]
+        found = setting.gradients(trainer)
+        expected = expected or found
+        result["sides"][side] = {"flops": flops, "gradient_difference": setting.largest_difference(found, expected)}
+
+    def run(side: str, repeat: int) -> None:
+        setting.forward_backward(trainers[side], micro[side][repeat % len(micro[side])])
+        trainers[side].model.zero_grad(set_to_none=True)
+
+    seconds = measure.in_turn({side: lambda repeat, side=side: run(side, repeat) for side in RECOMPUTE}, repeats)
+    for side in RECOMPUTE:
+        entry = result["sides"][side]
+        entry["seconds_of_each_micro_batch"] = seconds[side]
+        entry["seconds_per_step"] = measure.median(seconds[side]) * len(micro[side])
+    return result
+
+
+def recompute_ratios(result: dict) -> dict[str, dict[str, float]]:
+    """{all, half, none: LLaMA-Factory's figure with checkpointing over ours}; above 1 ours is better."""
+    stock = result["sides"]["stock"]
+    out = {}
+    for side in RECOMPUTE[1:]:
+        ours = result["sides"][side]
+        out[side] = {
+            "speed": stock["seconds_per_step"] / ours["seconds_per_step"],
+            "flops": stock["flops"] / ours["flops"],
+        }
+        if "memory" in stock:
+            out[side]["memory"] = stock["memory"]["over_load"] / ours["memory"]["over_load"]
+    return out
+
+
+def recompute_rows(result: dict) -> list[list]:
+    """The rows of one run: model, pairs per image, recompute, ratios."""
+    rows = []
+    for side, found in result["ratios"].items():
+        difference = result["sides"][side]["gradient_difference"]
+        memory = f"{found['memory']:.2f}x" if "memory" in found else "-"
+        row = [
+            result["geometry"],
+            result["pairs_per_image"],
+            side,
+            f"{found['speed']:.2f}x",
+            memory,
+            f"{found['flops']:.2f}",
+        ]
+        rows.append([*row, f"{difference:.0e}"])
+    return rows
+
+
+RECOMPUTE_HEAD = ["model", "pairs/image", "recompute", "speed", "memory", "FLOPs", "gradient diff."]
+
+
 def ratios(result: dict) -> dict[str, float]:
     """LLaMA-Factory's figure over ours; above 1 ours is better.
 
@@ -151,7 +238,9 @@ def main() -> None:
     parser.add_argument("--pairs-per-image", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", action="store_true", help="with checkpointing: all, half and none recomputed")
+    recomputed = [f"recompute-{side}" for side in RECOMPUTE]
+    parser.add_argument("--memory-of", choices=(*SIDES, *recomputed), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
         args.geometry, args.repeats = "smoke", 1
@@ -160,10 +249,17 @@ def main() -> None:
             setting.write_rows(Path(folder), 1, args.pairs_per_image)
             print(json.dumps(step_memory(args.memory_of, args.geometry, Path(folder), args.pairs_per_image)))
             return
-        memory = {} if args.no_memory else {side: memory_of(side, args) for side in SIDES}
-        result = compare(args.geometry, args.pairs_per_image, args.repeats, Path(folder))
+        sides = dict(zip(RECOMPUTE, recomputed, strict=True)) if args.recompute else {side: side for side in SIDES}
+        memory = {} if args.no_memory else {side: memory_of(name, args) for side, name in sides.items()}
+        measured = compare_recompute if args.recompute else compare
+        result = measured(args.geometry, args.pairs_per_image, args.repeats, Path(folder))
     for side, bytes_of in memory.items():
         result["sides"][side]["memory"] = bytes_of
+    if args.recompute:
+        result["ratios"] = recompute_ratios(result)
+        path = measure.save(f"recompute_{args.geometry}_{args.pairs_per_image}", result, args.out)
+        print(f"{measure.table(RECOMPUTE_HEAD, recompute_rows(result))}\n{path}")
+        return
     result["ratios"] = ratios(result)
     path = measure.save(f"step_{args.geometry}_{args.pairs_per_image}", result, args.out)
     print(f"{show(result)}\n{path}")

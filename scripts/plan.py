@@ -5,7 +5,8 @@
     python scripts/plan.py recipes/tiny/llava16_orpo_qlora.yaml
 
 Takes a recipe and overrides like llamafactory-cli. The step is traced at its true shapes on tensors without data, for
-the longest batch (memory) and a typical one (FLOPs): seconds for a small model, about a minute for 7 B parameters.
+the longest batch (memory) and a typical one (FLOPs): seconds for a small model, minutes for 7 B parameters, because
+`recompute: auto` is looked for on every GPU: as few recomputed decoder layers as its memory allows, and the hours then.
 Model shapes and pair sizes come from the recipe's files. If the model is not on this machine and the Hub is not
 reached, the published model's shapes are taken; if the data is not here, stated assumptions. Everything printed is
 computed. Own keys:
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     gpus = named(own["gpu"])
     from llava_orpo import precheck
     from llava_orpo.files import write_json
-    from llava_orpo.plan import report, sizes
+    from llava_orpo.plan import reading, report, sizes
 
     config, model_source = sizes.load_config(recipe)
     out = own["out"] or Path("outputs/plan") / f"{command.file.stem}.json"
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
     if own["assume"] or not here or not sizes.data_is_here(recipe):
         data = sizes.assumed(config, own["pairs_per_image"])
     else:
-        data = sizes.read(recipe, config, own["sample"])
+        data = reading.read(recipe, config, own["sample"])
     result = report.plan(recipe, config, (model_source, data.source), data, gpus, own["gpus"], own["utilization"])
     write_json(out, result)
     print(f"{report.show(result)}\n{out}")

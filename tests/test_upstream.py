@@ -102,6 +102,30 @@ def test_trainer_reads_the_loss_from_the_host():
     assert trainer._total_loss_scalar == 10.0
 
 
+def test_single_layers_are_recomputed():
+    layers = tiny_llava().get_decoder().layers
+    with pytest.raises(ValueError, match="no checkpointing function"):
+        upstream.recompute_first(layers, 1)
+    upstream.recompute_first(layers, 0)
+    model = tiny_llava()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder, runs = model.get_decoder().train(), [0, 0, 0]
+    for number, layer in enumerate(decoder.layers):
+
+        def count(*_, number=number):
+            runs[number] += 1
+
+        layer.mlp.register_forward_pre_hook(count)  # the second run may stop within the layer
+    for wanted in (3, 2, 0):
+        upstream.recompute_first(decoder.layers, wanted)
+        assert upstream.recomputed(decoder.layers) == wanted
+        runs[:] = [0, 0, 0]
+        decoder(torch.ones(1, 4, dtype=torch.int64)).last_hidden_state.sum().backward()
+        assert runs == [2] * wanted + [1] * (3 - wanted)
+    with pytest.raises(ValueError, match="Linear is no GradientCheckpointingLayer"):
+        upstream.recompute_first([torch.nn.Linear(1, 1)], 0)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

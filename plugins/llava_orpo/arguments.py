@@ -12,11 +12,14 @@ import json
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema, field_validator
 from pydantic.dataclasses import dataclass
 
 from . import PLUGIN_NAME, keys
 from .errors import UserError
+
+# HfArgumentParser reads one type per key: the field is text, and `_read_recompute` takes numbers and checks both.
+RECOMPUTE = {"anyOf": [{"type": "string", "enum": ["auto", "all", "none"]}, {"type": "integer", "minimum": 0}]}
 
 
 def _refuse_in_sentences(arguments: type) -> type:
@@ -154,6 +157,16 @@ class PluginArguments:
         },
     )
 
+    recompute: Annotated[str, WithJsonSchema(RECOMPUTE)] = field(
+        default="auto",
+        metadata={
+            "help": "Decoder layers that run their forward again in the backward pass instead of keeping their "
+            "activations: all (least memory), none (fastest; the same as disable_gradient_checkpointing: true), or the "
+            "first N. auto: as few as the GPU's memory allows, computed for the longest batch and tried before the "
+            "first step; all without a GPU and under shared_prefix: false. Losses and gradients are the same."
+        },
+    )
+
     max_anomalies: Annotated[int, Field(ge=1)] = field(
         default=5,
         metadata={
@@ -189,6 +202,14 @@ class PluginArguments:
         if value is not None and not isinstance(value, dict):
             raise ValueError("dataset_filter must map columns to values, e.g. {origin_dataset: COCO}.")
         return value
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _read_recompute(cls, value: Any) -> str:
+        number = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        if value not in ("auto", "all", "none") and not number.isdecimal():
+            raise ValueError(keys.refusal("recompute", value, key_schemas()["recompute"]))
+        return number
 
 
 PLUGIN_KEYS = tuple(f.name for f in dataclasses.fields(PluginArguments))

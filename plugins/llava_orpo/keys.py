@@ -73,6 +73,8 @@ def as_meant(value: Any, schema: dict[str, Any]) -> Any:
     if isinstance(value, bool):
         return next((word for word in TRUTH_WORDS[value] if word in schema.get("enum", ())), value)
     types = _types(schema) - {"null"}
+    if isinstance(value, str) and value.isdecimal() and "anyOf" in schema:
+        return int(value)
     if isinstance(value, str) and "string" not in types and "enum" not in schema:
         return _unquoted(value, types)
     if isinstance(value, float) and types == {"integer"} and value.is_integer():
@@ -95,7 +97,7 @@ def refusal(key: str, value: Any, schema: dict[str, Any]) -> str:
     """The sentence that refuses `value` for `key`."""
     if is_secret(key):
         return f"{key}: its value (not shown) is not allowed; it must be {allowed(schema)}."
-    choices = schema.get("enum", ())
+    choices = [choice for part in (schema, *schema.get("anyOf", ())) for choice in part.get("enum", ())]
     near = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else None
     hint = f"; did you mean `{key}: {near}`?" if near else ""
     if len(choices) > SHOWN_CHOICES:
@@ -105,6 +107,8 @@ def refusal(key: str, value: Any, schema: dict[str, Any]) -> str:
 
 def allowed(schema: dict[str, Any]) -> str:
     """What a key takes, in words: `true or false`, `a whole number, 1 or more, or null`, `header or full`."""
+    if "anyOf" in schema:
+        return ", or ".join(allowed(part) for part in schema["anyOf"])
     null = "null" in _types(schema)
     choices = [shown(choice).strip("'") for choice in schema.get("enum", ()) if choice is not None]
     kinds = choices or [words for kind, words in TYPE_WORDS.items() if kind in _types(schema) - {"null"}]
@@ -120,8 +124,13 @@ def shown(value: Any) -> str:
 
 
 def simplified(schema: dict[str, Any]) -> dict[str, Any]:
-    """A key's JSON Schema as pydantic makes it, without its title, its default and an `anyOf` of plain types."""
+    """A key's JSON Schema as pydantic makes it, without its title, its default and an `anyOf` of plain types.
+
+    An `anyOf` of words and numbers stays.
+    """
     parts = [simplified(part) for part in schema.get("anyOf", ())]
+    if any("enum" in part for part in parts) and any("minimum" in part for part in parts):
+        return {"anyOf": parts}
     if not parts:
         plain = {name: value for name, value in schema.items() if name not in ("title", "default", "const")}
         return {**plain, "enum": [schema["const"]]} if "const" in schema else plain
@@ -144,7 +153,7 @@ def as_list(kinds: str | list[str]) -> list[str]:
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    return set(as_list(schema.get("type", [])))
+    return set(as_list(schema.get("type", []))).union(*map(_types, schema.get("anyOf", ())))
 
 
 def _listed(words: list[str]) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ REMOTE_CODE = (
     "trust_remote_code: true is not allowed with plugins: llava_orpo, because it runs code of whoever wrote the model "
     "folder; LLaVA-1.6 needs none. Leave it out."
 )
+# With which words of `recompute` these keys of LLaMA-Factory agree.
+CHECKPOINTING = {"disable_gradient_checkpointing": ("none", "0", "auto"), "gradient_checkpointing": ("all", "auto")}
 NEEDED = {"export": ("model_name_or_path", "export_dir")}
 
 
@@ -192,6 +195,32 @@ def _output_dir(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [f"{key}: only {free / 1e6:.0f} MB are free at {existing}; make room."] if free < LEAST_FREE else []
 
 
+def recompute_problems(recipe: Mapping[str, Any]) -> list[str]:
+    """What LLaMA-Factory's own keys contradict in `recompute`; `auto` gives way to them."""
+    wanted = str(recipe.get("recompute", "auto"))
+    return [
+        f"recompute: {wanted} contradicts {key}: true; leave one of them out."
+        for key, words in CHECKPOINTING.items()
+        if recipe.get(key) is True and wanted not in words
+    ]
+
+
+def _recompute(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    found, config = recompute_problems(recipe), Path(str(recipe.get("model_name_or_path"))) / "config.json"
+    if not isinstance(recipe[key], int) or not config.is_file():
+        return found
+    with suppress(ValueError, AttributeError):
+        layers = json.loads(config.read_text(encoding="utf-8")).get("text_config", {}).get("num_hidden_layers")
+        if layers is not None and recipe[key] > layers:
+            found.append(too_many_layers(recipe[key], layers))
+    return found
+
+
+def too_many_layers(wanted: int, layers: int) -> str:
+    """The sentence that refuses to recompute more decoder layers than the model has."""
+    return f"recompute: {wanted} is more than the model's {layers} decoder layers; set `recompute: all`."
+
+
 def _precision(key: str, recipe: Mapping[str, Any]) -> list[str]:
     if recipe[key] is not True or recipe.get("use_cpu") is True or not accelerator.only_nvidia():
         return []
@@ -242,5 +271,6 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "bf16": _precision,
     "pure_bf16": _precision,
     "fp16": _precision,
+    "recompute": _recompute,
     "trust_remote_code": _remote_code,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import StateDictType
 from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
 
@@ -96,6 +97,26 @@ class ListsOnHost(TorchFunctionMode):
         if func is torch.tensor:
             kwargs.pop("device", None)
         return func(*args, **kwargs)
+
+
+def recompute_first(layers: Sequence[torch.nn.Module], count: int) -> None:
+    """Lets the first `count` of the layers run their forward again in the backward pass, and the others not.
+
+    A switch of every layer in transformers 5.5.4 (modeling_layers.py, GradientCheckpointingLayer), which its own
+    methods set for a whole model. The last layers keep their activations, because the backward pass frees them first.
+    Raises ValueError for layers without the switch, or that no checkpointing function was given to.
+    """
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, GradientCheckpointingLayer):
+            raise ValueError(f"{type(layer).__name__} is no GradientCheckpointingLayer: it cannot be recomputed")
+        if number < count and not hasattr(layer, "_gradient_checkpointing_func"):
+            raise ValueError(f"layer {number} has no checkpointing function: gradient checkpointing is not enabled")
+        layer.gradient_checkpointing = number < count
+
+
+def recomputed(layers: Sequence[torch.nn.Module]) -> int:
+    """How many of the layers run their forward again in the backward pass."""
+    return sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in layers)
 
 
 def _same_storage(storage, location: str):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from llava_orpo import precheck
 from llava_orpo.errors import UserError
-from llava_orpo.plan import check, report, sizes
+from llava_orpo.plan import check, recomputed, report, sizes
 from llava_orpo.plan.gpus import GPUS, named
 from llava_orpo.plan.trace import PairSize, Setting, Traced
 from llava_orpo.step.packing import TokenPair, pack
@@ -59,6 +60,93 @@ def test_what_engines_divide():
     assert found["one GPU"] - found["ZeRO-2"] == pytest.approx(0.75 * 300)
     assert found["ZeRO-2"] - found["ZeRO-3 / FSDP"] == pytest.approx(0.75 * 900 - 20)
     assert report.engines(traced, 4, quantized=True)["ZeRO-3 / FSDP"] is None
+
+
+def traced(frozen=800, peak=2000, flops=0, **more) -> Traced:
+    return Traced(1, 1, frozen, 100, 100, 200, 1250, 1300, peak, 10, flops, 25)
+
+
+@pytest.mark.parametrize(
+    "limit, count",
+    [(3000, 0), (2999, 1), (2401, 6), (2400, 6), (2399, 7), (2100, 9), (2050, 14), (2000, 19), (1869, None)],
+)
+def test_the_fewest_recomputed_layers_that_fit(monkeypatch, limit, count):
+    """Peaks that fall by 100 a layer, and from nine layers on by 10."""
+    asked = []
+
+    def trace(config, setting, groups):
+        assert setting.checkpointing
+        asked.append(setting.recompute)
+        return traced(peak=max(3000 - 100 * setting.recompute, 2190 - 10 * setting.recompute))
+
+    monkeypatch.setattr(recomputed, "trace", trace)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=32))
+    found = recomputed.Recomputed(config, Setting(checkpointing=False), [], lambda t: t.peak)
+    assert found.fewest(limit) == count
+    assert len(asked) == len(set(asked)) <= (3 if limit >= 2100 else 4 if count is None else 9)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Traces whose peak is 60 GB and 160 FLOPs without recomputation, and 1.5 GB less and 5 more for each layer."""
+    seen = []
+
+    def trace(config, setting, groups):
+        seen.append(setting)
+        count = 0 if not setting.checkpointing else 32 if setting.recompute is None else setting.recompute
+        frozen = 4e9 if setting.quantized else 20e9
+        return traced(frozen, peak=frozen + 56e9 - 1.5e9 * count, flops=160 + 5 * count)
+
+    monkeypatch.setattr(report, "trace", trace)
+    monkeypatch.setattr(recomputed, "trace", trace)
+    return seen
+
+
+def planned(keys, cards="rtx4090,a100-40,a100-80"):
+    config, source = sizes.load_config(PUBLISHED)
+    recipe = {**PUBLISHED, "quantization_bit": 4, "bf16": True, "num_train_epochs": 1.0, **keys}
+    data = sizes.assumed(config)
+    return report.plan(recipe, config, (source, data.source), data, named(cards))
+
+
+def test_every_card_gets_its_own_number_of_recomputed_layers(traces):
+    found = planned({})
+    cards = found["gpus"]
+    # 24.06 and 42.95 GB hold 61.5 GB less 1.5 for each layer with 26 and 13 of them recomputed
+    assert {name: card["recompute"] for name, card in cards.items()} == {
+        "RTX 4090": 24,
+        "A100 40 GB": 13,
+        "A100 80 GB": 0,
+    }
+    assert [card["tflop_per_pair"] * 1e12 for card in cards.values()] == [280, 225, 160]
+    assert all(card["peak_bytes"] <= card["memory"] and card["one GPU"] for card in cards.values())
+    assert cards["A100 40 GB"]["hours"] / cards["A100 80 GB"]["hours"] == pytest.approx(225 / 160)
+    assert "24 of 32" in report.show(found) and "0 of 32" in report.show(found)
+    fixed = planned({"recompute": 20})["gpus"]
+    assert {card["recompute"] for card in fixed.values()} == {20}
+    assert [card["one GPU"] for card in fixed.values()] == [False, True, True]
+    none = planned({"recompute": "none"})["gpus"]
+    assert {(card["recompute"], card["one GPU"]) for card in none.values()} == {(0, False), (0, True)}
+
+
+def test_only_remedies_that_help_are_offered(traces):
+    none = planned({"recompute": "none"}, "rtx4090")
+    assert none["remedies"]["RTX 4090"]["keys"] == {"recompute": "auto"}
+    traces.clear()
+    full = planned({"finetuning_type": "full", "quantization_bit": None, "pref_loss": "orpo"}, "l4")
+    assert not any(setting.quantized for setting in traces), "4-bit weights cannot be trained in full"
+    assert "quantization_bit" not in str(full["remedies"])
+    lora = planned({"quantization_bit": None}, "l4")
+    assert lora["remedies"]["L4"]["keys"] == {"per_device_train_batch_size": 1, "quantization_bit": 4}
+
+
+def test_the_longest_batch_of_a_shuffled_epoch():
+    long = replace(PAIR, chosen=100)
+    data = sizes.Data([PAIR, long, PAIR, long, PAIR], ["a", "a", "b", "c", "c"], 5, "here")
+    assert sorted(data.longest(2, None)) == [[1], [3]]
+    assert data.longest(1, 4) in ([[1]], [[3]])
+    assert data.longest(3, 2)[0] in ([0, 1], [3, 4]) and sum(map(len, data.longest(3, 2))) == 3
+    assert sum(map(len, data.longest(9, 2))) == 5
 
 
 def test_what_is_not_planned_is_refused_by_name():

@@ -23,6 +23,7 @@ LORA = {
 }
 CASES = {
     "small56": (4, {"group_pairs_by_image": True}),
+    "small56_partly": (4, {"group_pairs_by_image": True, "disable_gradient_checkpointing": False, "recompute": 1}),
     "tiny": (1, {"disable_gradient_checkpointing": False}),
     "tiny_bf16": (1, {"disable_gradient_checkpointing": False, "bf16": True}),
     "tiny_4bit": (1, {"quantization_bit": 4, "double_quantization": True}),

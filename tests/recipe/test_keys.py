@@ -70,6 +70,8 @@ def test_schema_knows_what_the_annotations_leave_out():
         ("master_port", 29500, "29500"),
         ("dataset_filter", "{}", "{}"),
         ("resume_from_checkpoint", True, True),
+        ("recompute", "12", 12),
+        ("recompute", "all", "all"),
     ],
 )
 def test_values_are_taken_as_they_are_meant(key, value, meant):
@@ -93,6 +95,9 @@ WRONG = [
         "attention_backend: 'flx' is not allowed; did you mean `attention_backend: flex`? "
         "It must be auto, sdpa or flex.",
     ),
+    ("recompute", -1, "recompute: -1 is not allowed; it must be auto, all or none, or a whole number, 0 or more."),
+    ("recompute", True, "recompute: true is not allowed; it must be auto, all or none, or a whole number, 0 or more."),
+    ("recompute", "al", "recompute: 'al' is not allowed; did you mean `recompute: all`? It must be auto, all or none,"),
     ("plugins", "lava_orpo", "did you mean `plugins: llava_orpo`?"),
     ("dataset_filter", "not json", "dataset_filter: 'not json' is neither a YAML mapping nor JSON"),
     ("dataset_filter", "[1]", "dataset_filter must map columns to values"),
@@ -116,6 +121,14 @@ def test_every_wrong_key_has_its_line():
     with pytest.raises(UserError) as refused:
         PluginArguments(eval_examples="many", heldout_fraction=2, shared_prefix=True)
     assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == ["heldout_fraction", "eval_examples"]
+
+
+@pytest.mark.parametrize("value", [12, "12", 0, "auto", "all", "none"])
+def test_recompute_takes_words_and_numbers(value):
+    assert PluginArguments(recompute=value).recompute == str(value)
+    (read,) = HfArgumentParser(PluginArguments).parse_args_into_dataclasses(["--recompute", str(value)])
+    assert read.recompute == str(value)
+    assert keys.problem("recompute", keys.as_meant(value, keys.known()["recompute"]), keys.known()["recompute"]) is None
 
 
 def test_long_lists_of_choices_are_not_printed():

@@ -63,6 +63,16 @@ def test_step(smoke, pairs):
 
 
 @pytest.mark.heavy
+def test_step_with_checkpointing(smoke):
+    result = smoke("orpo_step.py", "recompute_smoke_1", "--recompute")
+    has(result, "geometry", "pairs_per_image", "sides", "ratios")
+    sides = result["sides"]
+    assert sides["stock"]["flops"] > sides["all"]["flops"] > sides["half"]["flops"] > sides["none"]["flops"]
+    for side in orpo_step.RECOMPUTE[1:]:
+        assert 0 < sides[side]["gradient_difference"] < 1e-4 and sides[side]["memory"]["peak"] > 0
+
+
+@pytest.mark.heavy
 def test_data_side(smoke):
     result = smoke("data_side.py", "data_side")
     has(result, "rows", "parquet_bytes", "sides", "ratios")
@@ -174,6 +184,17 @@ def test_ratios():
         "flops_attention_and_head": 6.0,
         "memory": 4.0,
     }
+    seconds = {"stock": 12.0, "all": 4.0, "half": 3.0, "none": 2.0}
+    recomputed = {
+        name: {"seconds_per_step": s, "flops": 10 * s, "gradient_difference": 0} for name, s in seconds.items()
+    }
+    recomputed["stock"]["memory"] = recomputed["all"]["memory"] = {"over_load": 6}
+    recomputed["half"]["memory"] = recomputed["none"]["memory"] = {"over_load": 12}
+    found = orpo_step.recompute_ratios({"sides": recomputed})
+    assert found["all"] == {"speed": 3.0, "flops": 3.0, "memory": 1.0}
+    assert found["none"] == {"speed": 6.0, "flops": 6.0, "memory": 0.5}
+    shown = orpo_step.recompute_rows({"geometry": "mid", "pairs_per_image": 1, "sides": recomputed, "ratios": found})
+    assert shown[2] == ["mid", 1, "none", "6.00x", "0.50x", "6.00", "0e+00"]
     rates = {
         "stock": {"pairs_per_second": 2.0, "memory": {"over_load": 6}},
         "ours": {"pairs_per_second": 5.0, "memory": {"over_load": 2}},

@@ -162,11 +162,11 @@ def _image_tokens(recipe: Mapping[str, Any], config) -> Line:
 
 
 def _data_and_plan(recipe: Mapping[str, Any], config) -> Iterator[Line]:
-    from . import sizes
+    from . import reading, sizes
 
     data = rows = module = None
     if sizes.data_is_here(recipe) and Path(str(recipe["model_name_or_path"])).is_dir():
-        rows, module = sizes.tokenized(recipe)
+        rows, module = reading.tokenized(recipe)
         data = sizes.sizes_of(rows, recipe, config)
         yield Line("data", OK, f"{data.source} after filters and skipped rows")
         longest = max(pair.tokens for pair in data.sizes)

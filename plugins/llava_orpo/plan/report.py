@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .gpus import Gpu
+from .recomputed import Recomputed
 from .sizes import Data, assumed, group_tokens, largest
 from .trace import PairSize, Setting, Traced, trace
 
 RESERVE = 1.5e9  # assumed: CUDA context, allocator rounding and fragmentation, temporaries inside kernels
 UTILIZATION = 0.4
+UNCHANGED = {"disable_gradient_checkpointing": False, "recompute": "auto"}  # what some keys are when they are left out
 REMEDIES = (
     {"disable_gradient_checkpointing": False},
+    {"recompute": "auto"},
     {"per_device_train_batch_size": 1},
     {"quantization_bit": 4},
     {"anyres_max_tiles": 2},
@@ -43,6 +46,12 @@ def engines(traced: Traced, ranks: int, quantized: bool) -> dict[str, float | No
     return out
 
 
+def need_of(traced: Traced, ranks: int, quantized: bool, engine: str | None = None) -> float:
+    """Bytes at the peak on each of `ranks` GPUs, the reserve included; engine: of `engines`, else DDP or one GPU."""
+    found = engines(traced, ranks, quantized)
+    return found.get(engine or "DDP") or found["DDP"] or found["one GPU"]
+
+
 def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, list, dict[str, float]]:
     """(a typical batch, the longest batch, figures of the epoch) as lists of groups of pair sizes."""
     size = int(recipe.get("per_device_train_batch_size", 8))
@@ -65,20 +74,12 @@ def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, lis
     for pairs in (2, 4, 8):
         batches = data.groups(max(size, pairs), pairs)
         figures[f"tokens_per_pair_grouped_{pairs}"] = sum(map(_tokens, batches)) / data.pairs
-    return min(full, key=lambda batch: abs(_tokens(batch) - mean)), _worst(data, size, max_pairs), figures
+    longest = [[data.sizes[i] for i in run] for run in data.longest(size, max_pairs)]
+    return min(full, key=lambda batch: abs(_tokens(batch) - mean)), longest, figures
 
 
 def _tokens(batch: Sequence[Sequence[PairSize]]) -> int:
     return sum(map(group_tokens, batch))
-
-
-def _worst(data: Data, size: int, max_pairs: int | None) -> list[list[PairSize]]:
-    """The longest batch a shuffled epoch can draw: the longest pairs, together."""
-    longest = sorted(data.sizes, key=lambda pair: -pair.tokens)[:size]
-    if max_pairs is None or size == 1:
-        return [[pair] for pair in longest]
-    batches = data.groups(size, max_pairs)
-    return max(batches, key=_tokens)
 
 
 def plan(
@@ -95,8 +96,19 @@ def plan(
     """The whole result for one recipe, ready for JSON. sources: where config and data sizes come from."""
     setting = Setting.of(recipe, target, config)
     typical, longest, figures = batches_of(data, recipe, config)
-    usual = trace(config, setting, typical)
-    worst = usual if typical == longest else trace(config, setting, longest)
+
+    def need(traced: Traced) -> float:
+        return need_of(traced, ranks, setting.quantized)
+
+    counted = Recomputed(config, setting, longest, need)
+    usually = counted if typical == longest else Recomputed(config, setting, typical, need)
+    automatic = setting.checkpointing and setting.shared and str(recipe.get("recompute", "auto")) == "auto"
+    count = 0 if not setting.checkpointing else counted.layers if setting.recompute is None else setting.recompute
+    if setting.checkpointing:
+        usual, worst = usually.at(count), counted.at(count)
+    else:
+        usual = trace(config, setting, typical)
+        worst = usual if typical == longest else trace(config, setting, longest)
     epochs = float(recipe.get("num_train_epochs", 3.0))
     flops = usual.flops / usual.pairs
     peaks = engines(worst, ranks, setting.quantized)
@@ -127,11 +139,17 @@ def plan(
         "gpus": {},
         "remedies": {},
     }
-    needed = peaks["DDP"] or peaks["one GPU"]
+    needed = need(worst)
+    out["layers"] = counted.layers
     for gpu in gpus:
+        chosen = counted.fewest(gpu.memory) if automatic and needed <= gpu.memory else count
+        peak = needed if chosen == count else counted.need(chosen)
+        flops = (usual if chosen == count else usually.at(chosen)).flops / usual.pairs
+        recomputed = {"recompute": chosen, "peak_bytes": peak, "tflop_per_pair": flops / 1e12}
         hours = flops * data.pairs * epochs / (gpu.rate * utilization) / 3600 / ranks
         fits = {name: None if peak is None else peak <= gpu.memory for name, peak in peaks.items()}
         out["gpus"][gpu.name] = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source, "hours": hours, **fits}
+        out["gpus"][gpu.name] |= recomputed
     if target == "cuda" and try_remedies and any(needed > gpu.memory for gpu in gpus):
         out["remedies"] = remedies(recipe, config, data, gpus, target)
     return out
@@ -143,8 +161,10 @@ def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu],
     out: dict[str, Any] = {gpu.name: None for gpu in gpus}
     for step in REMEDIES:
         (key, value) = next(iter(step.items()))
-        if recipe.get(key, {"quantization_bit": None, "anyres_max_tiles": None}.get(key)) == value:
+        if recipe.get(key, UNCHANGED.get(key)) == value:
             continue
+        if key == "quantization_bit" and recipe.get("finetuning_type", "lora") != "lora":
+            continue  # only LoRA trains beside 4-bit weights
         changed |= step
         tried = {**recipe, **changed}
         if key == "anyres_max_tiles":
@@ -221,8 +241,10 @@ def show(result: Mapping[str, Any]) -> str:
     rows = []
     for name, gpu in result["gpus"].items():
         fits = ["fits" if gpu[engine] else "does not fit" for engine in engines_]
-        rows.append([name, gb(gpu["memory"]), *fits, f"{gpu['hours']:.3g}"])
-    lines.append(table(rows, ["GPU", "GB", *engines_, f"hours for {result['epochs']:g} epochs"]))
+        recompute = f"{gpu['recompute']} of {result['layers']}"
+        rows.append([name, gb(gpu["memory"]), *fits, recompute, gb(gpu["peak_bytes"]), f"{gpu['hours']:.3g}"])
+    head = ["GPU", "GB", *engines_, "layers recomputed", "GB then", f"hours for {result['epochs']:g} epochs"]
+    lines.append(table(rows, head))
     for name, remedy in result["remedies"].items():
         if result["gpus"][name]["one GPU"]:
             continue
@@ -264,7 +286,33 @@ def variants(recipe: Mapping[str, Any], config, source: str, gpus: Sequence[Gpu]
             out[name]["longest"] = vars(trace(config, setting, longest))
     cards = {gpu.name: {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source} for gpu in gpus}
     data = assumed(config)
-    return {"model": source, "data": data.source, "pairs": data.pairs, "gpus": cards, "rows": out}
+    recomputed = {str(per_image): recompute(recipe, config, gpus, per_image, target) for per_image in (1, 4)}
+    sources = {"model": source, "data": data.source, "pairs": data.pairs}
+    return {**sources, "gpus": cards, "rows": out, "recompute": recomputed}
+
+
+def recompute(recipe: Mapping[str, Any], config, gpus: Sequence[Gpu], per_image: int, target: str = "cuda") -> dict:
+    """What recomputing fewer layers costs and saves, with `per_image` pairs of one image in a batch.
+
+    {"layers": how many there are, "counts": {number recomputed: {"need": bytes for the longest image, the reserve
+    included, "flops": of a pair on a photograph}}, "gpus": {name: the number `recompute: auto` takes}}
+    """
+    keys = {**recipe, "per_device_train_batch_size": per_image, "group_pairs_by_image": per_image > 1}
+    typical, longest, _ = batches_of(assumed(config, per_image), keys, config)
+    setting = Setting.of(keys, target, config)
+    counted, usually = (
+        Recomputed(config, setting, groups, lambda t: need_of(t, 1, setting.quantized)) for groups in (longest, typical)
+    )
+    chosen = {gpu.name: counted.fewest(gpu.memory) for gpu in gpus}
+    shown = {counted.layers * quarter // 4 for quarter in range(5)} if per_image == 1 else set()
+    counts = sorted(shown | {count for count in chosen.values() if count is not None}, reverse=True)
+    return {
+        "layers": counted.layers,
+        "counts": {
+            str(n): {"need": counted.need(n), "flops": usually.at(n).flops / usually.at(n).pairs} for n in counts
+        },
+        "gpus": chosen,
+    }
 
 
 def benchmark_table(result: Mapping[str, Any]) -> str:
@@ -283,8 +331,20 @@ def benchmark_table(result: Mapping[str, Any]) -> str:
             for gpu in result["gpus"].values()
         ]
         rows.append([side, pairs, checkpointing, f"{flops / 1e12:.1f}", gb(need), *hours])
+    for pairs, found in result["recompute"].items():
+        cells = []
+        for name, gpu in result["gpus"].items():
+            count = found["gpus"][name]
+            flops = found["counts"][str(count)]["flops"]
+            hours = flops * result["pairs"] / (gpu["rate"] * UTILIZATION) / 3600
+            cells.append(f"{hours:.0f} h, {count} of {found['layers']}")
+        rows.append(["shared prefix", pairs, "auto", "-", "-", *cells])
     head = ["computed, not run", "pairs/image", "checkpointing", "TFLOP/pair", "GB", *result["gpus"]]
-    return "\n".join([table(rows, head), "", *_assumptions(result)])
+    auto = (
+        "auto: `recompute: auto`, the default, with the number of decoder layers that it recomputes on that GPU, which "
+        "must hold the longest image too."
+    )
+    return "\n".join([table(rows, head), "", auto, "", *_assumptions(result)])
 
 
 def _assumptions(result: Mapping[str, Any]) -> list[str]:
@@ -321,6 +381,12 @@ def scaling_page(result: Mapping[str, Any]) -> str:
         peak = found["peak"]
         rows.append([label, f"{found['tokens']:,}", gb(kept), gb(peak - kept), gb(peak), gb(peak + RESERVE)])
     one = result["rows"]["recipe"]["longest"]
+    found = result["recompute"]["1"]
+    recomputed = [
+        [f"{count} of {found['layers']}", gb(row["need"]), f"{row['flops'] / 1e12:.1f}"]
+        for count, row in found["counts"].items()
+    ]
+    automatic = ", ".join(f"{count} on the {name}" for name, count in found["gpus"].items())
     parts = [
         ["frozen weights (decoder NF4, the rest bf16)", gb(one["frozen"])],
         [f"LoRA, {one['trainable_parameters'] / 1e6:.1f} M parameters in fp32", gb(one["trainable"])],
@@ -347,6 +413,11 @@ def scaling_page(result: Mapping[str, Any]) -> str:
             "One pair on the longest image, in parts:",
             "",
             table(parts, ["what", "GB"]),
+            "",
+            "One pair by `recompute`, memory for the longest image and FLOPs for a 640x480 photograph. The default,",
+            f"`recompute: auto`, recomputes as few layers as the memory of the GPU allows: {automatic}.",
+            "",
+            table(recomputed, ["decoder layers recomputed", "with reserve, GB", "TFLOP/pair"]),
             "",
             *_assumptions(result)[2:],
             "",

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import autoload
 from ..data.anyres import AnyresGeometry
 from ..data.columns import values
 from ..errors import UserError
@@ -23,9 +22,6 @@ PUBLISHED_CONFIG = Path(__file__).with_name("llava16_mistral_7b.json")
 PHOTO = (640, 480)  # COCO's usual size
 HEAD, QUESTION, CHOSEN, REJECTED = 6, 26, 80, 65  # tokens assumed of a pair whose data is not here
 EPOCH = 83132  # pairs of RLAIF-V
-# Keys of a GPU, of several processes or of later steps: without them a CPU reads a recipe's data as training does.
-NOT_FOR_READING = ("bf16", "fp16", "pure_bf16", "quantization_bit", "deepspeed", "fsdp", "fsdp_config", "eval_strategy")
-NOT_FOR_READING += ("eval_dataset", "eval_steps", "do_eval", "load_best_model_at_end", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,19 @@ class Data:
         return [
             [[self.sizes[i] for i in run] for run in image_runs(keys, members, max_pairs or 1)] for members in batches
         ]
+
+    def longest(self, batch: int, max_pairs: int | None) -> list[list[int]]:
+        """The numbers of the pairs of the longest batch that a shuffled epoch can draw, one list per group."""
+        order = list(range(len(self.sizes)))
+        runs = image_runs(self.hashes, order, max_pairs) if max_pairs and batch > 1 else [[i] for i in order]
+        runs = sorted(runs, key=lambda run: -group_tokens([self.sizes[i] for i in run]) / len(run))
+        picked: list[list[int]] = []
+        for run in runs:
+            room = batch - sum(map(len, picked))
+            if not room:
+                break
+            picked.append(run[:room])
+        return picked
 
 
 def group_tokens(group: Sequence[PairSize]) -> int:
@@ -112,12 +121,6 @@ def largest(size: PairSize, config) -> PairSize:
     return replace(size, image=tokens, tiles=tiles, width=width, height=height)
 
 
-def read(recipe: Mapping[str, Any], config, sample: int = 0) -> Data:
-    """Sizes of the recipe's training pairs, tokenized as training does; needs model folder and data on this machine."""
-    data = sizes_of(tokenized(recipe, sample)[0], recipe, config)
-    return replace(data, source=f"{data.source} (the first {sample:,})") if sample else data
-
-
 def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
     """Sizes of tokenized rows (see `data.pairs.PairProcessor`)."""
     geometry = AnyresGeometry.from_config(config)
@@ -134,28 +137,6 @@ def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
         answers = len(table["chosen_ids"][i]), len(table["rejected_ids"][i])
         sizes.append(PairSize(image, tiles, width, height, shared, question, *answers))
     return Data(sizes, list(table["image_hash"]), len(sizes), f"{recipe['dataset']}, {len(sizes):,} pairs")
-
-
-def tokenized(recipe: Mapping[str, Any], sample: int = 0) -> tuple[Any, dict[str, Any]]:
-    """(training rows, {"tokenizer", "processor"}) of a recipe, without loading the model."""
-    autoload.install()
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
-
-    from ..integration import run
-    from ..training import workflow
-
-    keys = {key: value for key, value in recipe.items() if key not in NOT_FOR_READING}
-    keys.update(do_train=True, report_to="none", use_cpu=True, overwrite_output_dir=True)
-    if sample:
-        keys["max_samples"] = sample
-    model_args, data_args, training_args, finetuning_args, _ = get_train_args(keys)
-    workflow.check(run.current(), model_args, data_args, training_args, finetuning_args)
-    module = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    rows = workflow.read_rows(run.current(), template, module, model_args, data_args, training_args)
-    return rows["train_dataset"], module
 
 
 def data_is_here(recipe: Mapping[str, Any]) -> bool:

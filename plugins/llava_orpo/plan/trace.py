@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from .. import upstream
 from ..errors import UserError
 from ..step import attention, orpo
 from ..step.model import packed_logps, prepare
@@ -44,7 +45,8 @@ class Setting:
     target is "cuda" or "cpu". autocast is the dtype of mixed precision or None; weights the dtype of what is
     frozen; compute the one that 4-bit weights are dequantized to.
     lora_rank None: full tuning. accumulates: gradients of earlier micro-batches are alive. reference: a second forward
-    without gradients (losses with a reference model). shared: the shared-prefix step, else LLaMA-Factory's own.
+    without gradients (losses with a reference model). recompute: under checkpointing, how many decoder layers run their
+    forward again (None: all). shared: the shared-prefix step, else LLaMA-Factory's own.
     """
 
     target: str = "cuda"
@@ -55,6 +57,7 @@ class Setting:
     double_quantization: bool = True
     quantize_vision: bool = False
     checkpointing: bool = True
+    recompute: int | None = None
     reentrant: bool = True
     lora_rank: int | None = 64
     lora_targets: tuple[str, ...] = ("all",)
@@ -85,6 +88,7 @@ class Setting:
         named = getattr(config, "dtype", None)
         weights = half if named is None or half and named.itemsize == 2 else named
         targets = recipe.get("lora_target") or "all"
+        wanted = str(recipe.get("recompute", "auto"))  # auto: all of them, the least memory
         return cls(
             target=target,
             weights=weights or torch.float32,
@@ -93,10 +97,11 @@ class Setting:
             quantized=bits == 4,
             double_quantization=recipe.get("double_quantization", True),
             quantize_vision=recipe.get("quantize_vision", False),
-            checkpointing=not recipe.get("disable_gradient_checkpointing", False),
+            checkpointing=not recipe.get("disable_gradient_checkpointing", False) and wanted != "none",
+            recompute=int(wanted) if wanted.isdecimal() else None,
             reentrant=recipe.get("use_reentrant_gc", True),
             lora_rank=recipe.get("lora_rank", 8) if kind == "lora" else None,
-            lora_targets=tuple(name.strip() for name in targets.split(",")),
+            lora_targets=tuple(name.strip() for name in (targets.split(",") if isinstance(targets, str) else targets)),
             freeze_vision_tower=recipe.get("freeze_vision_tower", True),
             freeze_projector=recipe.get("freeze_multi_modal_projector", True),
             pure=recipe.get("pure_bf16", False),
@@ -433,6 +438,8 @@ def _model(config, setting: Setting):
     model = _with_trainable(model, setting)
     keep_frozen_tower_out_of_autograd(attention.unwrap(model).model.vision_tower)
     model.train()
+    if setting.checkpointing and setting.recompute is not None:
+        upstream.recompute_first(attention.unwrap(model).get_decoder().layers, setting.recompute)
     if setting.shared:
         prepare(model, "cpu")
     if setting.autocast:  # as accelerate wraps a model under mixed precision

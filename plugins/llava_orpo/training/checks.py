@@ -14,6 +14,7 @@ from ..checkpoint.published import check_folder
 from ..data import columns
 from ..data.conversation import CONVERSATIONS
 from ..errors import UserError
+from ..precheck import recompute_problems, too_many_layers
 from ..step.attention import unwrap
 from ..step.vision_tower import freeze_unread_parameters
 
@@ -103,6 +104,21 @@ def refuse_unsupported_loading(training_args) -> None:
             "train_sampling_strategy: group_by_length is not supported with plugins: llava_orpo, whose packed batches "
             "have no padding to save. Leave it out, or use group_pairs_by_image: true."
         )
+
+
+def settle_recompute(config, arguments, model_args, training_args) -> None:
+    """Lets `recompute: none` be LLaMA-Factory's `disable_gradient_checkpointing`.
+
+    Raises UserError for a `recompute` that contradicts LLaMA-Factory's keys, or of more layers than the model has.
+    """
+    keys = {**vars(model_args), "gradient_checkpointing": training_args.gradient_checkpointing}
+    if problems := recompute_problems({**keys, "recompute": arguments.recompute}):
+        raise UserError(*problems)
+    layers = config.get_text_config().num_hidden_layers
+    if arguments.recompute.isdecimal() and int(arguments.recompute) > layers:
+        raise UserError(too_many_layers(int(arguments.recompute), layers))
+    if arguments.recompute in ("none", "0"):
+        model_args.disable_gradient_checkpointing = True
 
 
 def refuse_other_sharding(training_args) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,11 @@ from ..errors import UserError
 from ..files import whole_lines, write_atomic
 from ..precheck import incomplete_checkpoint
 from ..preference.records import HISTORY, drop_history_after
+from ..step.attention import unwrap
+from ..upstream import recomputed
 from .anomalies import ANOMALIES
 from .callbacks import WandbExamples
+from .recompute import free_memory, more
 from .stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -243,11 +247,35 @@ def told_what_to_do(trainer: Trainer) -> Iterator[None]:
                 f"A dataloader worker was killed, probably for lack of memory: {saved}. Lower dataloader_num_workers "
                 f"(now {trainer.args.dataloader_num_workers}) or free memory; {goes_on(trainer)}."
             ) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            clear_frames(error.__traceback__)  # they hold the step's tensors
+            raise UserError(_out_of_memory(trainer)) from error
         if reason := not_writable(error, output_dir):
             raise UserError(f"{output_dir} could not be written: {reason}. Repair that; {goes_on(trainer)}.") from error
         if trainer.args.world_size > 1 and any(words in str(error) for words in LOST_PEER):
             raise UserError(f"Another process of this training ended; {goes_on(trainer)}.") from error
         raise
+
+
+def _out_of_memory(trainer: Trainer) -> str:
+    """Saves the state where one step was made, and says which key helps."""
+    layers = unwrap(trainer.model).get_decoder().layers
+    count, step = recomputed(layers), trainer.state.global_step
+    if not (trainer.is_in_train and trainer.model.training):
+        return f"Out of memory during an evaluation: lower per_device_eval_batch_size; {goes_on(trainer)}."
+    trainer.model.zero_grad(set_to_none=True)
+    free_memory()
+    saved = _emergency_checkpoint(trainer) if step else "no step was made"
+    if count == len(layers):
+        remedy = "lower per_device_train_batch_size or anyres_max_tiles"
+    elif trainer.model.is_gradient_checkpointing or count:
+        remedy = f"set `recompute: {more(count, len(layers))}`"
+    else:
+        remedy = "leave `disable_gradient_checkpointing` and `recompute` out"
+    return (
+        f"Out of memory in step {step + 1}, with {count} of {len(layers)} decoder layers recomputed: {saved}. "
+        f"{remedy[0].upper()}{remedy[1:]}; {goes_on(trainer)}."
+    )
 
 
 def goes_on(trainer: Trainer) -> str:

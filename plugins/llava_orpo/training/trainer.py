@@ -157,7 +157,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             return [], None
         self._anomalies.begin_step()
         self._before_step = (dict(self._sums.get("train", {})), step_loss(self))
-        self._random_before = random_state() if self.args.dataloader_num_workers else None
+        self._random_before = random_state()
         self._weights_change = False
         started = time.perf_counter()
         batches, items = super().get_batch_samples(*args, **kwargs)

@@ -7,6 +7,7 @@ before this point; the step itself is in `trainer`.
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
+from .recompute import FewestLayers
 from .stopping import StopRequest
 from .survival import attach, choose_checkpoint, same_command, told_what_to_do
 from .trainer import SharedPrefixTrainer
@@ -122,6 +124,8 @@ def build(
     upstream.keep_present_layer_names(model)
     checks.freeze_unread(model)
     upstream.keep_frozen_tower_out_of_autograd(unwrap(model).model.vision_tower)
+    if run.arguments.recompute.isdecimal() and not model_args.disable_gradient_checkpointing:
+        upstream.recompute_first(unwrap(model).get_decoder().layers, int(run.arguments.recompute))
     reference = None
     if finetuning_args.use_ref_model:
         own = finetuning_args.ref_model is None and not training_args.do_train
@@ -140,6 +144,9 @@ def build(
     if run.shared_prefix:
         collator = SharedPrefixCollator.of(processor, model, run.arguments, training_args.world_size)
         trainer = SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
+        if run.arguments.recompute == "auto" and not model_args.disable_gradient_checkpointing:
+            keys = [vars(part) for part in (data_args, model_args, finetuning_args, training_args, run.arguments)]
+            trainer.add_callback(FewestLayers(trainer, dict(ChainMap(*keys))))
         attach(trainer, request or StopRequest())
         return trainer
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
@@ -161,6 +168,7 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     checks.refuse_unsupported(config, model_args, data_args)
     checks.refuse_unsupported_loading(training_args)
     checks.refuse_other_sharding(training_args)
+    checks.settle_recompute(config, run.arguments, model_args, training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
     checks.refuse_token_limit(run.arguments, finetuning_args, run.shared_prefix and not reason)
     if reason or not run.shared_prefix:

@@ -1,0 +1,191 @@
+"""`recompute: auto`: as few recomputed decoder layers as the GPU's memory allows, computed and tried before step 1."""
+
+from __future__ import annotations
+
+import gc
+import logging as python_logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from llamafactory.extras import logging
+from transformers import TrainerCallback
+
+from .. import upstream
+from ..errors import UserError
+from ..plan.recomputed import Recomputed
+from ..plan.report import RESERVE, need_of
+from ..plan.sizes import sizes_of
+from ..plan.trace import Setting
+from ..step.attention import unwrap
+
+logger = logging.get_logger("llamafactory." + __name__)
+NOTCHES = 8  # going back on out-of-memory recomputes an eighth of the layers more
+
+
+def memory_limit(device: torch.device) -> int | None:
+    """Bytes that this process can have on the device, what it has now included; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def more(count: int, layers: int) -> int:
+    """How many layers are recomputed one notch back from `count`."""
+    return min(layers, count + max(1, layers // NOTCHES))
+
+
+class FewestLayers(TrainerCallback):
+    """Chooses how many decoder layers are recomputed when the training begins; nothing else of it changes.
+
+    trainer: a SharedPrefixTrainer. keys: the recipe's keys as LLaMA-Factory parsed them, the plugin's among them.
+
+    The number comes from tracing the longest batch (see `plan`), and is the largest of all processes. Where each
+    process holds the whole model, that batch then runs forward and backward once; out of memory, on any process, means
+    one notch more. Sharded models (DeepSpeed, FSDP) are not tried: a process that fails leaves the others waiting.
+    """
+
+    def __init__(self, trainer, keys: Mapping[str, Any]) -> None:
+        self.trainer, self.keys = trainer, keys
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        limit = memory_limit(args.device)
+        layers = unwrap(self.trainer.model).get_decoder().layers
+        random = upstream.random_state()
+        count = self._largest(len(layers) if limit is None else self._planned(limit, len(layers)))
+        upstream.recompute_first(layers, count)
+        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        if self._largest(limit is not None) and not sharded:
+            count = self._tried(layers, count)
+        upstream.set_random_state(random)
+        if limit is not None:
+            logger.info_rank0(
+                f"recompute: auto recomputes {count} of {len(layers)} decoder layers"
+                + (" (computed, not tried on a sharded model)." if sharded else ".")
+            )
+
+    def traces(self) -> Recomputed:
+        """Traces of the longest batch. Raises UserError for a recipe whose memory is not computed."""
+        config = unwrap(self.trainer.model).config
+        setting = Setting.of(self.keys, "cuda", config)
+        data = sizes_of(self.trainer.train_dataset, self.keys, config)
+        groups = [[data.sizes[i] for i in run] for run in self._longest(data)]
+        ranks, engine = self.trainer.args.world_size, self._engine()
+        return Recomputed(config, setting, groups, lambda t: need_of(t, ranks, setting.quantized, engine))
+
+    def _planned(self, limit: int, layers: int) -> int:
+        """The fewest layers that fit by computation, with the plan's reserve; all if nothing can be computed."""
+        try:
+            traces = self.traces()
+        except UserError as error:
+            logger.warning_rank0(f"recompute: auto is all here, because memory is not computed: {error}")
+            return layers
+        with _quiet(), upstream.without_zero_init():
+            count = traces.fewest(limit)
+        need = traces.need(layers if count is None else count)
+        found = (
+            f"recompute: {need / 1e9:.1f} GB computed for the longest batch ({traces.at(0).tokens:,} tokens, "
+            f"{RESERVE / 1e9:.1f} GB of it reserve) with "
+        )
+        room = f"; {limit / 1e9:.1f} GB can be had."
+        if count is None:
+            logger.warning_rank0(f"{found}all layers recomputed{room} It may not fit: see scripts/plan.py.")
+            return layers
+        logger.info_rank0(f"{found}{count} of {layers} layers recomputed{room}")
+        return count
+
+    def _longest(self, data) -> list[list[int]]:
+        """The numbers of the pairs of the longest batch, one list per group."""
+        arguments = self.trainer.plugin
+        grouped = arguments.max_pairs_per_image if arguments.group_pairs_by_image else None
+        return data.longest(self.trainer.args.per_device_train_batch_size, grouped)
+
+    def _engine(self) -> str | None:
+        """The name under which `plan.report.engines` counts this run; None: DDP or one GPU."""
+        if self.trainer.is_fsdp_enabled:
+            return "ZeRO-3 / FSDP"
+        if not self.trainer.is_deepspeed_enabled:
+            return None
+        stage = self.trainer.accelerator.state.deepspeed_plugin.zero_stage
+        return {2: "ZeRO-2", 3: "ZeRO-3 / FSDP"}.get(stage)
+
+    def _largest(self, value: float) -> int:
+        """The largest of the processes' values."""
+        if self.trainer.args.world_size == 1:
+            return int(value)
+        found = torch.tensor(float(value), device=self.trainer.args.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found.item())
+
+    def _tried(self, layers, count: int) -> int:
+        """Runs the longest batch with `count` layers recomputed, or as many more as it takes; returns their number.
+
+        Raises UserError if it does not even fit with all of them.
+        """
+        data = sizes_of(self.trainer.train_dataset, self.keys, unwrap(self.trainer.model).config)
+        rows = [dict(self.trainer.train_dataset[i]) for run in self._longest(data) for i in run]
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+        while self._largest(not self._fits(batch)):
+            if count == len(layers):
+                raise UserError(
+                    "Out of memory before the first step, on the longest batch of the data with every decoder layer "
+                    "recomputed. Lower per_device_train_batch_size or anyres_max_tiles; `python scripts/plan.py` with "
+                    "this recipe names what fits."
+                )
+            before, count = count, more(count, len(layers))
+            upstream.recompute_first(layers, count)
+            logger.warning_rank0(
+                f"recompute: the longest batch does not fit with {before} of {len(layers)} layers recomputed; "
+                f"now {count} are."
+            )
+        return count
+
+    def _fits(self, batch: dict[str, Any]) -> bool:
+        """Whether one forward and backward fit beside the gradients and moments that later steps hold."""
+        trainer, model = self.trainer, self.trainer.model
+        training, fits = model.training, True
+        model.train()
+        try:
+            with self._later_tensors():
+                with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                    loss = trainer.pair_losses(model, batch)[0]["loss"].mean()
+                loss.backward()
+        except torch.OutOfMemoryError:  # it and its frames, which hold tensors, are gone after this block
+            fits = False
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        if not fits:
+            free_memory()
+        return fits
+
+    @contextmanager
+    def _later_tensors(self) -> Iterator[None]:
+        """Inside, there are tensors like the gradients of earlier micro-batches and the optimizer's moments."""
+        learnt = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        moments = []
+        if not self.trainer.optimizer.state:
+            moments = [torch.empty_like(p) for p in learnt for _ in range(2)]
+        if self.trainer.args.gradient_accumulation_steps > 1:
+            for parameter in learnt:
+                parameter.grad = torch.zeros_like(parameter)
+        yield
+        moments.clear()
+
+
+def free_memory() -> None:
+    """Gives the memory of tensors that nothing needs any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, nobody logs that a model is made ready for training: each trace makes one."""
+    before = python_logging.root.manager.disable
+    python_logging.disable(python_logging.INFO)
+    try:
+        yield
+    finally:
+        python_logging.disable(before)
