@@ -153,7 +153,7 @@ class PluginArguments:
         metadata={
             "help": "Most tokens of one forward under shared_prefix. A micro-batch of more is cut between images, then "
             "between the pairs of an image, and its parts run one after the other with the same gradients. null: no "
-            "limit."
+            "limit but what `recompute: auto` finds on a GPU."
         },
     )
 

@@ -242,7 +242,32 @@ def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch):
     limit_of(monkeypatch, 1e12)
     OutOfMemory(monkeypatch, 0, 1, 2)
     with pytest.raises(UserError, match="Out of memory before the first step.*Lower per_device_train_batch_size"):
-        train(folder, "never")
+        train(folder, "never", per_device_train_batch_size=1)
+
+
+def test_a_batch_that_does_not_fit_with_all_layers_runs_in_parts(folder, whole, monkeypatch, said, runs):
+    limit_of(monkeypatch, 1e12)
+    OutOfMemory(monkeypatch, 0, 1, 2)
+    found = train(folder, "tried parts")
+    assert runs == [0, 1, 2] + [2, 2] * 4, "each step has two pairs, and so had the try"
+    assert_about_equal(found, whole[0])
+    assert [line for line in said if "run in parts" in line]
+
+
+def test_parts_are_computed_where_a_pair_fits_and_a_batch_does_not(folder, whole, monkeypatch, said, runs):
+    one = needs(folder, {**TRAIN, "per_device_train_batch_size": 1})[2]
+    assert one < whole[1][2]
+    limit_of(monkeypatch, (one + whole[1][2]) / 2)
+    found = train(folder, "computed parts")
+    assert runs == [2, 2] * 4
+    assert_about_equal(found, whole[0])
+    assert ["run in parts" in line for line in said] == [False, True, False]
+
+
+def assert_about_equal(found, expected):
+    """Sums over pairs are added up in another order."""
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-4 * expected[name].abs().max().item()), name
 
 
 def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch, said):
@@ -271,7 +296,10 @@ def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeyp
     assert seen == [(True, True, longest)]
     assert drawn() == expected, "the random states are those of a training without the try"
     assert all(p.grad is None for p in trainer.model.parameters()) and not trainer.model.training
-    assert chooser._planned(1, 2) == 2 and "all layers recomputed; 0.0 GB can be had. It may not fit" in said[-1]
+    assert (
+        chooser._planned(1, 2) == (2, recompute.NO_LIMIT)
+        and "all layers recomputed; 0.0 GB can be had. It may not fit" in said[-1]
+    )
     assert trainer._sums == {} and not trainer._anomalies.pairs(), "the try is in no log"
 
 

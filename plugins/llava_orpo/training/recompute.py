@@ -1,4 +1,7 @@
-"""`recompute: auto`: as few recomputed decoder layers as the GPU's memory allows, computed and tried before step 1."""
+"""`recompute: auto`: as few recomputed decoder layers as the GPU's memory allows, computed and tried before step 1.
+
+Where a micro-batch of several pairs does not fit with all of them, it runs in parts (`max_tokens_per_step`).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from .. import upstream
 from ..errors import UserError
 from ..plan.recomputed import Recomputed
 from ..plan.report import RESERVE, need_of
-from ..plan.sizes import sizes_of
-from ..plan.trace import Setting
+from ..plan.sizes import group_tokens, sizes_of
+from ..plan.trace import PairSize, Setting
 from ..step.attention import unwrap
+from ..step.batches import cut_to_fit
+from ..step.parts import parts_of
 
 logger = logging.get_logger("llamafactory." + __name__)
 NOTCHES = 8  # going back on out-of-memory recomputes an eighth of the layers more
+NO_LIMIT = 1 << 24  # tokens of a forward; what a process says that needs no parts
 
 
 def memory_limit(device: torch.device) -> int | None:
@@ -53,8 +59,11 @@ class FewestLayers(TrainerCallback):
         limit = memory_limit(args.device)
         layers = unwrap(self.trainer.model).get_decoder().layers
         random = upstream.random_state()
-        count = self._largest(len(layers) if limit is None else self._planned(limit, len(layers)))
+        count, allowed = (len(layers), NO_LIMIT) if limit is None else self._planned(limit, len(layers))
+        count, allowed = self._largest(count), -self._largest(-allowed)
         upstream.recompute_first(layers, count)
+        if allowed < NO_LIMIT:
+            self._limit_tokens(allowed)
         sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
         if self._largest(limit is not None) and not sharded:
             count = self._tried(layers, count)
@@ -67,22 +76,31 @@ class FewestLayers(TrainerCallback):
 
     def traces(self) -> Recomputed:
         """Traces of the longest batch. Raises UserError for a recipe whose memory is not computed."""
+        data = sizes_of(self.trainer.train_dataset, self.keys, unwrap(self.trainer.model).config)
+        groups = [[data.sizes[i] for i in run] for run in self._longest(data)]
+        if self.trainer.data_collator.max_tokens is not None:
+            groups = max(cut_to_fit(groups, _tokens, self.trainer.data_collator.max_tokens), key=_tokens)
+        return self._traces_of(groups)
+
+    def _traces_of(self, groups: list[list[PairSize]]) -> Recomputed:
         config = unwrap(self.trainer.model).config
         setting = Setting.of(self.keys, "cuda", config)
-        data = sizes_of(self.trainer.train_dataset, self.keys, config)
-        groups = [[data.sizes[i] for i in run] for run in self._longest(data)]
         ranks, engine = self.trainer.args.world_size, self._engine()
         return Recomputed(config, setting, groups, lambda t: need_of(t, ranks, setting.quantized, engine))
 
-    def _planned(self, limit: int, layers: int) -> int:
-        """The fewest layers that fit by computation, with the plan's reserve; all if nothing can be computed."""
+    def _planned(self, limit: int, layers: int) -> tuple[int, int]:
+        """(the fewest layers that fit by computation, with the plan's reserve, or all; the most tokens of a forward).
+
+        The second is NO_LIMIT where the longest batch fits whole, and where a single pair of it would not fit either.
+        """
         try:
             traces = self.traces()
         except UserError as error:
             logger.warning_rank0(f"recompute: auto is all here, because memory is not computed: {error}")
-            return layers
+            return layers, NO_LIMIT
         with _quiet(), upstream.without_zero_init():
             count = traces.fewest(limit)
+            allowed = NO_LIMIT if count is not None else self._allowed_tokens(traces, limit, layers)
         need = traces.need(layers if count is None else count)
         found = (
             f"recompute: {need / 1e9:.1f} GB computed for the longest batch ({traces.at(0).tokens:,} tokens, "
@@ -90,10 +108,37 @@ class FewestLayers(TrainerCallback):
         )
         room = f"; {limit / 1e9:.1f} GB can be had."
         if count is None:
-            logger.warning_rank0(f"{found}all layers recomputed{room} It may not fit: see scripts/plan.py.")
-            return layers
+            remedy = " It may not fit: see scripts/plan.py." if allowed == NO_LIMIT else ""
+            logger.warning_rank0(f"{found}all layers recomputed{room}{remedy}")
+            return layers, allowed
         logger.info_rank0(f"{found}{count} of {layers} layers recomputed{room}")
-        return count
+        return count, NO_LIMIT
+
+    def _allowed_tokens(self, traces: Recomputed, limit: int, layers: int) -> int:
+        """The tokens of a forward that fit with all layers recomputed, between the longest pair and the whole batch.
+
+        Memory grows with the tokens about as between these two, which are traced.
+        """
+        pair = max((pair for group in traces.groups for pair in group), key=lambda pair: group_tokens([pair]))
+        if len(traces.groups) == len(traces.groups[0]) == 1 or not self._may_cut:
+            return NO_LIMIT
+        one = self._traces_of([[pair]])
+        if one.need(layers) > limit:
+            return NO_LIMIT
+        least, most = one.at(layers).tokens, traces.at(layers).tokens
+        share = (limit - one.need(layers)) / (traces.need(layers) - one.need(layers))
+        return least + int(share * (most - least))
+
+    @property
+    def _may_cut(self) -> bool:
+        return self.trainer.plugin.max_tokens_per_step is None
+
+    def _limit_tokens(self, allowed: int) -> None:
+        self.trainer.limit_tokens(allowed)
+        logger.warning_rank0(
+            f"recompute: micro-batches of more than {allowed:,} tokens run in parts, because they do not fit with all "
+            "layers recomputed."
+        )
 
     def _longest(self, data) -> list[list[int]]:
         """The numbers of the pairs of the longest batch, one list per group."""
@@ -128,6 +173,12 @@ class FewestLayers(TrainerCallback):
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         while self._largest(not self._fits(batch)):
             if count == len(layers):
+                longest = max(part["packed"].num_tokens for part in parts_of(batch))
+                pair = max(group_tokens([data.sizes[i]]) for run in self._longest(data) for i in run)
+                if self._may_cut and longest > pair:
+                    self._limit_tokens(max(pair, longest * 3 // 4))
+                    batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+                    continue
                 raise UserError(
                     "Out of memory before the first step, on the longest batch of the data with every decoder layer "
                     "recomputed. Lower per_device_train_batch_size or anyres_max_tiles; `python scripts/plan.py` with "
@@ -148,9 +199,11 @@ class FewestLayers(TrainerCallback):
         model.train()
         try:
             with self._later_tensors():
-                with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                    loss = trainer.pair_losses(model, batch)[0]["loss"].mean()
-                loss.backward()
+                for part in parts_of(batch):
+                    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                        loss = trainer.pair_losses(model, part)[0]["loss"].mean()
+                    loss.backward()
+                    del loss
         except torch.OutOfMemoryError:  # it and its frames, which hold tensors, are gone after this block
             fits = False
         model.zero_grad(set_to_none=True)
@@ -171,6 +224,10 @@ class FewestLayers(TrainerCallback):
                 parameter.grad = torch.zeros_like(parameter)
         yield
         moments.clear()
+
+
+def _tokens(groups: list[list[PairSize]]) -> int:
+    return sum(map(group_tokens, groups))
 
 
 def free_memory() -> None:
