@@ -256,7 +256,9 @@ class _NF4Linear(torch.nn.Linear):
     def dequantized(self) -> torch.Tensor:
         absmax = self.absmax
         if self.second is not None:
-            absmax = torch.empty(absmax.shape)  # dequantize_blockwise; the offset is added in place
+            absmax = torch.empty(
+                absmax.shape, device=absmax.device
+            )  # dequantize_blockwise; the offset is added in place
         shape = (self.out_features, self.in_features)
         return torch.ops.bitsandbytes.dequantize_4bit(self.weight, absmax, NF4_BLOCK, "nf4", shape, self.compute)
 
