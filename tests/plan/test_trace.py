@@ -92,7 +92,7 @@ def test_plan_against_a_real_step(tmp_path, name):
     print(f"{name}: memory {(planned.peak - planned.start) / real:.4f}, FLOPs {planned.flops / flops:.5f}", real)
     assert planned.peak - planned.start == pytest.approx(real, rel=0.1)
     if "4bit" not in name:  # torch's counter does not know bitsandbytes' product
-        assert planned.flops == pytest.approx(flops, rel=0.02)
+        assert planned.flops == pytest.approx(flops, rel=1e-3)
     assert planned.tokens == batch["packed"].num_tokens
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trainer.model.parameters()}
     assert planned.frozen + planned.trainable == pytest.approx(sum(held.values()), rel=0.05)

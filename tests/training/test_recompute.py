@@ -31,10 +31,11 @@ HEAVY = pytest.mark.heavy
 ON = {"disable_gradient_checkpointing": False}
 CASES = {
     "lora": LORA,
+    "full-grouped-nonreentrant": {**FULL, **GROUPED, "use_reentrant_gc": False},
     "lora-grouped-nonreentrant": {**LORA, **GROUPED, "use_reentrant_gc": False},
-    "full-grouped": {**FULL, **GROUPED},
-    "full-nonreentrant": {**FULL, "use_reentrant_gc": False},
+    "full": FULL,
 }
+QUICK = ("lora", "full-grouped-nonreentrant")
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else HEAVY) for n in CASES])
 def test_losses_and_gradients_do_not_change_by_a_bit(folder, name):
     trainer = build_trainer(folder, {**CASES[name], **ON, "recompute": 1})
     found = {1: one_step(trainer)}
@@ -141,11 +142,13 @@ def train(folder, name, **keys):
     return adapter(folder / name)
 
 
-def needs(folder, keys=TRAIN) -> list[float]:
-    """Bytes computed for the longest batch, by the number of recomputed layers."""
-    (chooser,) = choosers(build_trainer(folder, keys))
-    traces = chooser.traces()
-    return [traces.need(count) for count in range(traces.layers + 1)]
+@pytest.fixture(scope="module")
+def built(folder):
+    """(a trainer that takes no steps, its `FewestLayers`)."""
+    trainer = build_trainer(folder, TRAIN)
+    trainer.create_optimizer()
+    (chooser,) = choosers(trainer)
+    return trainer, chooser
 
 
 def choosers(trainer) -> list[recompute.FewestLayers]:
@@ -200,9 +203,10 @@ class OutOfMemory:
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
+def whole(folder, built):
     """The adapter of a training that recomputes every layer, and the bytes computed for each number of layers."""
-    return train(folder, "whole", recompute="all"), needs(folder)
+    traces = built[1].traces()
+    return train(folder, "whole", recompute="all"), [traces.need(count) for count in range(traces.layers + 1)]
 
 
 def limit_of(monkeypatch, limit):
@@ -222,11 +226,6 @@ def test_auto_takes_the_fewest_layers_and_changes_nothing(folder, whole, monkeyp
     assert f"auto recomputes {count} of 2 decoder layers." in said[-1] and "GB computed for the longest" in said[0]
 
 
-def test_without_a_gpu_nothing_is_tried(folder, runs, said):
-    train(folder, "cpu", max_steps=1)
-    assert runs == [2] and said == []
-
-
 def test_it_goes_back_one_notch_at_a_time(folder, whole, monkeypatch, said, runs):
     limit_of(monkeypatch, 1e12)
     OutOfMemory(monkeypatch, 0, 1)
@@ -238,11 +237,12 @@ def test_it_goes_back_one_notch_at_a_time(folder, whole, monkeypatch, said, runs
     ]
 
 
-def test_what_never_fits_stops_before_the_first_step(folder, monkeypatch):
-    limit_of(monkeypatch, 1e12)
-    OutOfMemory(monkeypatch, 0, 1, 2)
+def test_what_never_fits_stops_before_the_first_step(built, monkeypatch):
+    trainer, chooser = built
+    monkeypatch.setattr(trainer.data_collator, "max_tokens", None)  # this is put back
+    OutOfMemory(monkeypatch, 0, 1, 2, 3)  # the last time with a pair alone
     with pytest.raises(UserError, match="Out of memory before the first step.*Lower per_device_train_batch_size"):
-        train(folder, "never", per_device_train_batch_size=1)
+        chooser._tried(unwrap(trainer.model).get_decoder().layers, 0)
 
 
 def test_a_batch_that_does_not_fit_with_all_layers_runs_in_parts(folder, whole, monkeypatch, said, runs):
@@ -270,10 +270,9 @@ def assert_about_equal(found, expected):
         assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-4 * expected[name].abs().max().item()), name
 
 
-def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeypatch, said):
-    trainer = build_trainer(folder, {**TRAIN, "gradient_accumulation_steps": 2})
-    trainer.create_optimizer()
-    (chooser,) = choosers(trainer)
+def test_the_longest_batch_is_tried_beside_what_later_steps_hold(built, monkeypatch, said):
+    trainer, chooser = built
+    monkeypatch.setattr(trainer.args, "gradient_accumulation_steps", 2)
     longest = max(row_tokens(row) for row in trainer.train_dataset)
     seen, forward = [], trainer.pair_losses
 
@@ -290,8 +289,10 @@ def test_the_longest_batch_is_tried_beside_what_later_steps_hold(folder, monkeyp
     before = upstream.random_state()
     expected = drawn()
     upstream.set_random_state(before)
-    limit_of(monkeypatch, 1e12)
     trainer.model.eval()
+    chooser.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert seen == said == [] and upstream.recomputed(unwrap(trainer.model).get_decoder().layers) == 2, "on a CPU"
+    limit_of(monkeypatch, 1e12)
     chooser.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert seen == [(True, True, longest)]
     assert drawn() == expected, "the random states are those of a training without the try"
