@@ -254,8 +254,9 @@ def test_a_batch_that_does_not_fit_with_all_layers_runs_in_parts(folder, whole, 
     assert [line for line in said if "run in parts" in line]
 
 
-def test_parts_are_computed_where_a_pair_fits_and_a_batch_does_not(folder, whole, monkeypatch, said, runs):
-    one = needs(folder, {**TRAIN, "per_device_train_batch_size": 1})[2]
+def test_parts_are_computed_where_a_pair_fits_and_a_batch_does_not(folder, built, whole, monkeypatch, said, runs):
+    pairs = [pair for group in built[1].traces().groups for pair in group]
+    one = max(built[1]._traces_of([[pair]]).need(2) for pair in pairs)
     assert one < whole[1][2]
     limit_of(monkeypatch, (one + whole[1][2]) / 2)
     found = train(folder, "computed parts")
