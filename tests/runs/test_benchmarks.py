@@ -195,6 +195,11 @@ def test_ratios():
     assert found["none"] == {"speed": 6.0, "flops": 6.0, "memory": 0.5}
     shown = orpo_step.recompute_rows({"geometry": "mid", "pairs_per_image": 1, "sides": recomputed, "ratios": found})
     assert shown[2] == ["mid", 1, "none", "6.00x", "0.50x", "6.00", "0e+00"]
+    mid = {"geometry": "mid", "pairs_per_image": 1, "sides": recomputed, "ratios": found}
+    lines = make_tables.recompute_table([mid, {**mid, "pairs_per_image": 4}]).splitlines()
+    assert (
+        "5.4x: met" in lines[4] and "16x: missed by 62.5%" in lines[7] and lines[3].endswith("|                      |")
+    )
     rates = {
         "stock": {"pairs_per_second": 2.0, "memory": {"over_load": 6}},
         "ours": {"pairs_per_second": 5.0, "memory": {"over_load": 2}},
