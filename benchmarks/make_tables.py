@@ -21,6 +21,7 @@ import setting
 import starts
 import storage
 
+from llava_orpo.gpu import record
 from llava_orpo.plan import report
 
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
@@ -28,8 +29,8 @@ SCALING = setting.ROOT / "docs" / "scaling.md"
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/make_tables.py` writes this page from `benchmarks/results/*.json`. Both sides run in turn in one
-process, or one after the other in one run, on the same rows; the ratio counts, not the seconds of a CPU. Nothing on
-this page was measured on a GPU: the one table about GPUs is computed and says so.
+process, or one after the other in one run, on the same rows; the ratio counts, not the seconds of a CPU. What was
+measured on a GPU stands under that heading, with the card's name; the table below it is computed and says so.
 
 Models are random, with LLaVA-1.6's geometry at full size (336-pixel tiles, five grids, 32,064 pieces); only widths and
 depths differ. `mid`: LM 512 wide, 8 layers; vision 256 wide, 6 layers. `slice7b`: the 7B's true widths, 2 of its 32
@@ -55,6 +56,15 @@ with `recompute` all, half of the layers, and none, in one run on a busy machine
 `recompute: auto` takes the least that the GPU's memory allows (computed below: none of the 7B's 32 layers on 80 GB).
 """
 RECOMPUTE_TARGETS = {("mid", 1): 5.4, ("mid", 4): 16.0}  # (geometry, pairs per image) -> least speed-up without any
+GPU = """## Measured on GPUs
+
+`bash scripts/gpu.sh` measures the step on one NVIDIA card of 24 GB or more: whether loss and gradients are right on it
+and which kernels run; seconds a pair, peak memory and FLOP utilization at the true 7B shapes with random weights, with
+what the plan predicts of them; host synchronizations and waiting for data; 20 steps through `llamafactory-cli`. It
+downloads nothing, takes ten minutes for all but the last, and writes `benchmarks/results/gpu-<card>.json`. With
+`--core` it needs torch, transformers and peft alone; `--dry-run` goes through all of it on a CPU.
+"""
+UNMEASURED = "Not yet measured: run `bash scripts/gpu.sh`.\n"
 TARGETS = {  # (geometry, pairs per image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
     ("mid", 1): (4.0, 2.0, 0.6),
     ("mid", 4): (10.0, None, 0.6),
@@ -155,6 +165,29 @@ def profiles(results: list[dict]) -> str:
     return "\n".join([title, "", *lines])
 
 
+def gpu_tables(result: dict) -> str:
+    """One GPU's results: a table per stage, every figure with its unit, and under what versions it ran."""
+    card, versions = result["card"], result["versions"]
+    memory = f", {card['memory']['value'] / 1e9:.1f} GB" if card["memory"] else ""
+    parts = [f"### {card['name']}{memory}\n"]
+    for title, stage in result["stages"].items():
+        rows = []
+        for entry in stage["entries"]:
+            figures = ", ".join(f"{name} {record.cell(figure)}" for name, figure in entry["figures"].items())
+            rows.append([entry["what"], entry["state"], figures or entry["note"]])
+        if stage["error"]:
+            rows.append(["the stage", stage["state"], stage["error"]])
+        parts.append(measure.table([title, "", "result"], rows) + "\n")
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return "\n".join([*parts, f"`{result['command']}`, {result['time']}; {installed}.\n"])
+
+
+def gpu_section(folder: Path) -> str:
+    """The measured results of every card, or what to run for them. A dry run is no measurement."""
+    found = [result for result in load(folder, "gpu-*.json") if not result["dry_run"]]
+    return "\n".join([GPU, *(map(gpu_tables, found) if found else [UNMEASURED])])
+
+
 def page(folder: Path) -> str:
     """The whole document; a part whose benchmark was not run is left out."""
     parts = [INTRODUCTION]
@@ -178,6 +211,7 @@ def page(folder: Path) -> str:
         if found:
             parts.append(title + "\n")
             parts += [f"{show(result)}\n\n{source(result)}\n" for result in found]
+    parts.append(gpu_section(folder))
     for planned in load(folder, "plan_7b.json"):
         parts += ["## The real 7B on GPUs: computed, not run\n", report.benchmark_table(planned) + "\n"]
     return "\n".join(parts)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -182,6 +183,33 @@ def without_rotation() -> Iterator[None]:
 
     with mock.patch.object(transformers.trainer, "rotate_checkpoints", lambda *args, **kwargs: None):
         yield
+
+
+def import_llamafactory() -> None:
+    """Imports LLaMA-Factory in the order of its own commands, which alone works with transformers 5.5.4.
+
+    `llamafactory.hparams` comes first: with `llamafactory.model` first, trl 0.24 takes transformers' pair (False, None)
+    for "mergekit is installed", and nothing that imports its DPOTrainer can be imported any more.
+    """
+    import llamafactory.hparams
+    import llamafactory.train.dpo.trainer  # noqa: F401
+
+
+def stock_orpo_loss(model, batch: dict[str, Any], beta: float, device: torch.device) -> torch.Tensor:
+    """The ORPO loss, a scalar, of LLaMA-Factory's own step, without a dataset and a trainer around it.
+
+    batch: what its PairwiseDataCollatorWithPadding makes. llamafactory 0.9.5's `get_batch_loss_metrics` is called on a
+    CustomDPOTrainer that has only what it reads there (train/dpo/trainer.py); AttributeError when it reads more.
+    """
+    import_llamafactory()
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    trainer = object.__new__(CustomDPOTrainer)
+    trainer.finetuning_args = SimpleNamespace(use_ref_model=False)
+    trainer.accelerator = SimpleNamespace(device=device)
+    trainer.loss_type, trainer.beta, trainer.ftx_gamma, trainer.ld_alpha = "orpo", beta, 0.0, None
+    loss, _ = trainer.get_batch_loss_metrics(model, batch)
+    return loss
 
 
 def read_window(trainer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .. import keys
@@ -34,7 +35,32 @@ GPUS = {
     "h100": _gpu("H100 SXM", 81559, 989.4, "NVIDIA H100 data sheet (half of the rate with sparsity)"),
     "h200": _gpu("H200", 143771, 989.4, "NVIDIA H200 data sheet (half of the rate with sparsity)"),
 }
+_CARDS = {  # how drivers write a card's name, as words in order
+    "rtx3090": ("RTX", "3090"),
+    "rtx4090": ("RTX", "4090"),
+    "l4": ("L4",),
+    "a10g": ("A10G",),
+    "a6000": ("RTX", "A6000"),
+    "l40s": ("L40S",),
+    "a100-40": ("A100",),
+    "a100-80": ("A100",),
+    "h100": ("H100",),
+    "h200": ("H200",),
+}
+_OTHER = {"TI", "SUPER", "LAPTOP", "D", "MAX", "NVL", "MIG"}  # words of cards with another rate than their namesakes
 SHOWN = ("rtx4090", "a100-80", "h100")
+
+
+def of_card(name: str, memory: int) -> Gpu | None:
+    """The entry of a card by its driver's name and its memory in bytes; None for a card that is not in the table."""
+    words = re.findall(r"[A-Z0-9]+", name.upper())
+    if _OTHER & set(words) or ("H100" in words and "PCIE" in words):
+        return None
+    for key, card in _CARDS.items():
+        found = [word for word in words if word in card]
+        if found == list(card) and abs(GPUS[key].memory - memory) < 0.1 * memory:
+            return GPUS[key]
+    return None
 
 
 def named(names: str | None) -> list[Gpu]:

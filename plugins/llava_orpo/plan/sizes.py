@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.anyres import AnyresGeometry
-from ..data.columns import values
 from ..errors import UserError
 from ..step.batches import fill_batches, image_runs
 from . import hub
@@ -123,6 +122,8 @@ def largest(size: PairSize, config) -> PairSize:
 
 def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
     """Sizes of tokenized rows (see `data.pairs.PairProcessor`)."""
+    from ..data.columns import values  # needs pyarrow and datasets, which assumed sizes do not
+
     geometry = AnyresGeometry.from_config(config)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "num_image_tokens", "width", "height", "image_hash")
     table = {name: values(rows, name) for name in columns}

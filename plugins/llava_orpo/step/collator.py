@@ -11,7 +11,6 @@ import torch
 from ..data import images
 from ..data.anyres import processor_geometry
 from ..data.conversation import full_prompt_ids
-from ..data.image_store import load_image
 from .attention import unwrap
 from .batches import cut_to_fit, image_runs
 from .packing import TokenPair, pack, packed_length
@@ -120,6 +119,8 @@ class SharedPrefixCollator:
         return TokenPair(full_prompt_ids(row, self.image_token_id), row["chosen_ids"], row["rejected_ids"])
 
     def _load(self, row: dict[str, Any]):
+        from ..data.image_store import load_image  # needs pyarrow and datasets, which the step itself does not
+
         try:
             picture = load_image(row["image"])
             if picture.size != (row["width"], row["height"]):  # other than counted: a file that was changed since

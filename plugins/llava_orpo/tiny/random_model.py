@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import mistral_common
@@ -13,82 +12,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
-    CLIPVisionConfig,
-    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
-    MistralConfig,
 )
 
+from ..checkpoint.files import write_shards
 from ..checkpoint.published import published_names
 from ..data.conversation import CONVERSATIONS
 from ..export.original_files import chat_template
 from ..export.original_tokenizer import TOKENIZER_MODEL, tokenizer_json
+from .shapes import GEOMETRIES as GEOMETRIES
+from .shapes import PATCH, Geometry, config, draw
 
-PATCH = 14
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Widths and depths; tile is in pixels.
-
-    text = (hidden, intermediate, layers, heads, key-value heads), vision = (hidden, intermediate, layers, heads).
-    """
-
-    text: tuple[int, int, int, int, int]
-    vision: tuple[int, int, int, int]
-    tile: int = 336
-
-    @property
-    def pinpoints(self) -> list[list[int]]:
-        """The published five grids, (height, width) in pixels."""
-        return [[self.tile * h, self.tile * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-
-
-GEOMETRIES = {
-    "tiny": Geometry((128, 384, 2, 4, 2), (64, 128, 3, 2)),
-    "mid": Geometry((512, 1408, 8, 8, 4), (256, 1024, 6, 4)),
-    "slice7b": Geometry((4096, 14336, 2, 32, 8), (1024, 4096, 3, 16)),
-}
-
-
-def config(geometry: Geometry) -> LlavaNextConfig:
-    """A llava_next config of this geometry with everything else as published."""
-    hidden, inner, layers, heads, kv_heads = geometry.text
-    v_hidden, v_inner, v_layers, v_heads = geometry.vision
-    return LlavaNextConfig(
-        text_config=MistralConfig(
-            vocab_size=32064,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=32768,
-            rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
-            sliding_window=None,
-            rms_norm_eps=1e-5,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=32001,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=v_hidden,
-            intermediate_size=v_inner,
-            num_hidden_layers=v_layers,
-            num_attention_heads=v_heads,
-            image_size=geometry.tile,
-            patch_size=PATCH,
-            projection_dim=768,
-        ),
-        image_grid_pinpoints=geometry.pinpoints,
-        image_token_index=32000,
-        image_token_id=32000,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
+SHARD_GB = 2.0  # a shard is in memory at once
 
 
 def tokenizer(folder: Path):
@@ -124,9 +61,44 @@ def tokenizer(folder: Path):
 def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Writes the folder (published tensor names, processor, chat template) and returns it."""
     torch.manual_seed(seed)
-    settings = config(geometry)
-    model = LlavaNextForConditionalGeneration(settings).to(dtype)
+    model = LlavaNextForConditionalGeneration(config(geometry)).to(dtype)
+    write_files(geometry, out, dtype)
+    state = model.state_dict()
+    tensors = {name: state[key].contiguous() for name, key in published_names(state).items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def tensor_sizes(geometry: Geometry, dtype: torch.dtype) -> dict[str, tuple[torch.Size, int]]:
+    """{published name: (shape, bytes)} of a model of this geometry; nothing is allocated."""
+    with torch.device("meta"):
+        state = LlavaNextForConditionalGeneration(config(geometry)).state_dict()
+    names = published_names(state).items()
+    return {name: (state[key].shape, state[key].numel() * dtype.itemsize) for name, key in names}
+
+
+def write_sharded(
+    geometry: Geometry, out: Path, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Path:
+    """As `write`, for a model that is larger than the memory: shards of 2 GB, tensor by tensor drawn on `device`.
+
+    Other weights than those of `write`: normal with deviation 0.02, norms 1, biases 0.
+    """
+    sizes = tensor_sizes(geometry, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def fetch(name: str) -> torch.Tensor:
+        return draw(name, torch.empty(sizes[name][0], dtype=dtype, device=device), generator).cpu()
+
+    write_files(geometry, out, dtype)
+    write_shards(out, {name: size for name, (_, size) in sizes.items()}, fetch, SHARD_GB, "random weights")
+    return out
+
+
+def write_files(geometry: Geometry, out: Path, dtype: torch.dtype) -> None:
+    """Everything of the folder but the weights."""
     out.mkdir(parents=True, exist_ok=True)
+    settings = config(geometry)
     settings.dtype = dtype
     settings.architectures = ["LlavaNextForConditionalGeneration"]
     settings.save_pretrained(out)
@@ -149,7 +121,3 @@ def write(geometry: Geometry, out: Path, seed: int = 0, dtype: torch.dtype = tor
     (out / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001})
     )
-    state = model.state_dict()
-    tensors = {name: state[key].contiguous() for name, key in published_names(state).items()}
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    return out

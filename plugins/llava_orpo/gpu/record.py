@@ -1,0 +1,208 @@
+"""What a GPU run finds: a JSON file that is whole after every entry, and the same as a table while it goes.
+
+The file holds card, versions and stages; a stage holds entries, and every figure of an entry its unit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import progress
+from ..files import write_json
+
+FAILED, UNFIT, LEFT_OUT, UNMEASURED = "failed", "does not fit", "left out", "not measured"
+STATES = ("ok", FAILED, UNFIT, LEFT_OUT, UNMEASURED)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "llamafactory", "bitsandbytes", "triton")
+OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
+
+
+class LeftOut(Exception):
+    """Raised by a measurement that is left out; its text says why."""
+
+
+class Unmeasured(Exception):
+    """Raised by a measurement that this machine cannot make; its text says why."""
+
+
+@dataclass
+class Entry:
+    """One line of a stage. figures: {name: (value, unit)}; unit "" for a plain number."""
+
+    what: str
+    state: str = "ok"
+    figures: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    note: str = ""
+
+    def json(self) -> dict[str, Any]:
+        figures = {name: {"value": _plain(value), "unit": unit} for name, (value, unit) in self.figures.items()}
+        return {"what": self.what, "state": self.state, "figures": figures, "note": self.note}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    return value
+
+
+class Record:
+    """Takes entries, prints each and writes the file."""
+
+    def __init__(self, path: Path, head: Mapping[str, Any], say: Callable[[str], None] = print):
+        self.path, self.say = path, say
+        self.content: dict[str, Any] = {**head, "stages": {}}
+        self._stage = ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    @property
+    def failures(self) -> int:
+        """Stages and entries that failed."""
+        stages = self.content["stages"].values()
+        return sum(s["state"] == FAILED for s in stages) + sum(
+            e["state"] == FAILED for s in stages for e in s["entries"]
+        )
+
+    @contextlib.contextmanager
+    def stage(self, title: str, budget: str = "") -> Iterator[None]:
+        """A stage: what ends it early is recorded with its first line, and the next stage goes on."""
+        self._stage = title
+        found: dict[str, Any] = {"state": "ok", "error": "", "seconds": 0.0, "entries": []}
+        self.content["stages"][title] = found
+        self.say(f"\n{title}{f' ({budget})' if budget else ''}")
+        started = time.perf_counter()
+        try:
+            yield
+        except LeftOut as reason:
+            found.update(state=LEFT_OUT, error=str(reason))
+            self.say(f"  left out: {reason}")
+        except Exception as error:
+            found.update(state=FAILED, error=one_line(error))
+            self.say(f"  failed: {one_line(error)}")
+        finally:
+            found["seconds"] = round(time.perf_counter() - started, 2)
+            self._write()
+
+    def add(self, entry: Entry) -> None:
+        if entry.state not in STATES:
+            raise ValueError(f"{entry.state!r} is no state: {STATES}")
+        self.content["stages"][self._stage]["entries"].append(entry.json())
+        self.say(line(entry.json()))
+        self._write()
+
+    def attempt(
+        self, what: str, measure: Callable[[], Entry | dict[str, tuple[Any, str]]], shows_itself: bool = False
+    ) -> Entry:
+        """Adds what `measure` gives, figures or a whole entry; an exception becomes the entry's state."""
+        try:
+            with contextlib.nullcontext() if shows_itself else progress.waiting(f"  {what}"):
+                found = measure()
+            entry = found if isinstance(found, Entry) else Entry(what, figures=found)
+        except LeftOut as reason:
+            entry = Entry(what, LEFT_OUT, note=str(reason))
+        except Unmeasured as reason:
+            entry = Entry(what, UNMEASURED, note=str(reason))
+        except Exception as error:
+            entry = Entry(what, UNFIT if out_of_memory(error) else FAILED, note=one_line(error))
+        free_memory()  # only here has an exception let go of what its frames held
+        self.add(entry)
+        return entry
+
+    def _write(self) -> None:
+        write_json(self.path, self.content)
+
+
+def line(entry: Mapping[str, Any]) -> str:
+    """An entry of the file as one line."""
+    figures = "  ".join(f"{name} {cell(one)}" for name, one in entry["figures"].items())
+    state = "" if entry["state"] == "ok" else f"{entry['state']}"
+    return "  " + "  ".join(part for part in (f"{entry['what']:<52}", state, figures, entry["note"]) if part).rstrip()
+
+
+def cell(figure: Mapping[str, Any]) -> str:
+    """A figure of the file with its unit."""
+    value, unit = figure["value"], figure["unit"]
+    if isinstance(value, float):
+        value = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value} {unit}".rstrip()
+
+
+def one_line(error: BaseException) -> str:
+    """The kind and the first line of an error, with the next one where the first only announces it."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") or "look up to see its traceback" in lines[0] else lines[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the card's memory is full."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what the run uses, the driver's too; None for what is not there."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["cuda"] = torch.version.cuda
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    found["cudnn"] = str(cudnn) if cudnn else None
+    found["driver"] = _driver()
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """Name, memory and compute capability of the device."""
+    if device.type != "cuda":
+        return {"name": "CPU, dry run", "memory": None, "capability": None}
+    found = torch.cuda.get_device_properties(device)
+    memory = {"value": found.total_memory, "unit": "bytes"}
+    return {"name": found.name, "memory": memory, "capability": f"sm_{found.major}{found.minor}"}
+
+
+def slug(name: str) -> str:
+    """A card's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def head(device: torch.device, dry_run: bool) -> dict[str, Any]:
+    """What stands above the stages."""
+    return {
+        "label": "dry run on a CPU: nothing here is a measurement" if dry_run else "measured",
+        "dry_run": dry_run,
+        "card": card(device),
+        "versions": versions(),
+        "command": shlex.join(["bash", "scripts/gpu.sh", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+    }
