@@ -26,6 +26,7 @@ from llava_orpo.tiny import random_model, shapes
 
 CPU = torch.device("cpu")
 FEW = [speed.Cell("nf4", 1, "all", speed.OURS), speed.Cell("nf4", 1, "all", speed.STOCK)]
+AUTO = speed.Cell("nf4", 1, "auto", speed.OURS)
 
 
 def forked(words, log):
@@ -39,7 +40,8 @@ def dry_run(tmp_path_factory):
     """The whole command on a CPU; in the suite with few cells of stage 2 and one case of stage 1."""
     out = tmp_path_factory.mktemp("gpu")
     machine = Machine(CPU, dry_run=True)
-    with mock.patch.object(speed, "CELLS", FEW), mock.patch.object(correctness, "CASES", correctness.CASES[:1]):
+    cases = mock.patch.object(correctness, "CASES", correctness.CASES[:1])
+    with cases, mock.patch.object(speed, "CELLS", [*FEW, AUTO]):
         code = run.run(machine, out, out / "work", run_cli=forked)
     found = json.loads((out / "gpu-dry-run.json").read_text())
     return SimpleNamespace(code=code, found=found, work=out / "work", stages=found["stages"])
@@ -68,6 +70,9 @@ def test_the_plan_predicts_the_peak_of_both_steps(dry_run):
         figures = entries(dry_run.stages[speed.TITLE])[str(cell)]["figures"]
         assert figures["predicted / measured"]["value"] == pytest.approx(1, abs=0.03)
         assert figures["time per pair"]["unit"] == "s"
+    figures = entries(dry_run.stages[speed.TITLE])[str(AUTO)]["figures"]
+    assert figures["layers recomputed"] == {"value": 1, "unit": f"of {SMALLEST.text[2]}"}
+    assert figures["predicted / measured"]["value"] == pytest.approx(1, abs=0.03)
     ours, stock = (entries(dry_run.stages[speed.TITLE])[str(cell)]["figures"] for cell in FEW)
     assert ours["loss"]["value"] == pytest.approx(stock["loss"]["value"], rel=2e-3)  # the same pairs, in bf16
     assert ours["peak, storages followed"]["value"] < stock["peak, storages followed"]["value"]
@@ -272,6 +277,8 @@ def test_recomputation_leaves_the_vision_tower_without_autograd():
     assert layer.gradient_checkpointing and layer.training
     models.set_recompute(model, "none")
     assert not layer.gradient_checkpointing
+    models.set_recompute(model, 1)
+    assert [one.gradient_checkpointing for one in inner.language_model.layers] == [True, False]
     with pytest.raises(ValueError, match="is none of"):
         models.set_recompute(model, "some")
 

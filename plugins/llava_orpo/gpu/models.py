@@ -24,6 +24,7 @@ from ..step.orpo import orpo_loss
 from ..step.packing import TokenPair, pack
 from ..step.token_logps import token_logps
 from ..tiny.shapes import Geometry, config, draw
+from ..upstream import recompute_first
 
 BETA, LORA_RANK, LORA_ALPHA = 0.1, 64, 128  # as in recipes/llava16_orpo_qlora.yaml
 DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,23 +34,24 @@ LORA_TARGETS = (  # the vision tower has layers of the same names
 )
 IGNORED = -100  # label of a position that is not scored, LLaMA-Factory's IGNORE_INDEX
 WEIGHTS = ("nf4", "bf16")
-# What `set_recompute` knows: every decoder layer is recomputed in the backward pass, or none.
-RECOMPUTE = ("all", "none")
+RECOMPUTE = ("all", "none")  # what both steps know; ours also recomputes the first N layers
 
 
-def set_recompute(model, which: str) -> None:
-    """Sets how many decoder layers are recomputed (one of `RECOMPUTE`). A finer setting of the step belongs here."""
+def set_recompute(model, which: str | int) -> None:
+    """Sets how many decoder layers are recomputed: one of `RECOMPUTE`, or the first N."""
     inner = attention.unwrap(model)
     if which == "none":
         inner.gradient_checkpointing_disable()
-    elif which == "all":
+    elif which == "all" or isinstance(which, int):
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         # It also asks for gradients of every embedding's output, the frozen vision tower's too, which would then keep
         # its activations. The trained projector brings gradients to the first layer.
         with suppress(AttributeError):  # of transformers 4, which does not ask and so has nothing to take back
             inner.disable_input_require_grads()
+        if isinstance(which, int):
+            recompute_first(inner.get_decoder().layers, which)
     else:
-        raise ValueError(f"recompute {which!r} is none of {RECOMPUTE}")
+        raise ValueError(f"recompute {which!r} is none of {RECOMPUTE} and no number")
 
 
 @contextmanager
@@ -220,6 +222,7 @@ def enable_ours(model, device: torch.device, backend: str = "auto") -> Callable[
 
 
 def enable_other(model, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Takes the shared-prefix attention away; returns `loss`."""
+    """Takes the shared-prefix attention away, and cuDNN's is as torch has it; returns `loss`."""
     attention.disable(model)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     return loss

@@ -3,7 +3,8 @@
 Every cell runs micro-batches of a training that accumulates: LoRA's gradients and two Adam moments per trained weight
 are alive. LLaMA-Factory's side is its own `get_batch_loss_metrics`; where it is not installed, a plain forward of two
 whole sequences per pair stands in (lighter: it keeps log-probs of answer positions alone). Recomputation of both sides
-is transformers' own gradient checkpointing of each decoder layer.
+is transformers' own gradient checkpointing of each decoder layer, or under `auto` of as many as `recompute: auto` takes
+from the plan for this card's free memory.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PREDICTED_ROWS = {  # of that file; NF4
 
 @dataclass(frozen=True)
 class Cell:
-    """weights: "nf4" or "bf16". side: `OURS` or `STOCK`. pairs: on one image. recompute: of `models.RECOMPUTE`."""
+    """weights: "nf4" or "bf16". side: `OURS` or `STOCK`. pairs: on one image. recompute: of `RECOMPUTE`."""
 
     weights: str
     pairs: int
@@ -57,8 +58,14 @@ class Cell:
         return f"{self.weights}, {self.side}, {self.pairs} per image, recompute {self.recompute}"
 
 
+AUTO = "auto"
+RECOMPUTE = ("all", AUTO, "none")
 # What a reader asks first comes first: the time may be up before the end.
-CELLS = [Cell(*parts) for parts in itertools.product(models.WEIGHTS, PAIRS, models.RECOMPUTE, (OURS, STOCK))]
+CELLS = [
+    Cell(weights, pairs, recompute, side)
+    for weights, pairs, recompute, side in itertools.product(models.WEIGHTS, PAIRS, RECOMPUTE, (OURS, STOCK))
+    if recompute in models.RECOMPUTE or side == OURS
+]
 
 
 @dataclass
@@ -119,17 +126,19 @@ def micro_batch(machine: Machine, model, loss_of: Callable[..., torch.Tensor], b
 
 def measure(machine: Machine, cell: Cell, predictions: Predictions) -> Entry:
     """One cell. Running out of memory is for the caller to catch: the card does not hold it."""
+    predicted, note = predictions.of(cell)
+    if cell.recompute == AUTO and "layers" not in predicted:
+        raise LeftOut(note)
     held = trainee(machine, cell.weights)
     machine.in_time()
     batch = batch_for(machine, cell.pairs)
     loss_of = side_loss(machine, held.model, cell.side)
-    models.set_recompute(held.model, cell.recompute)
+    models.set_recompute(held.model, predicted["layers"] if cell.recompute == AUTO else cell.recompute)
 
     def step() -> torch.Tensor:
         return micro_batch(machine, held.model, loss_of, batch)
 
     figures: dict[str, tuple[Any, str]] = {}
-    predicted, note = predictions.of(cell)
     if machine.device.type == "cuda":
         loss = step()
         torch.cuda.reset_peak_memory_stats(machine.device)
@@ -142,13 +151,20 @@ def measure(machine: Machine, cell: Cell, predictions: Predictions) -> Entry:
         seconds = machine.seconds(step)
         figures["peak, storages followed"] = (peak / 1e9, "GB")
     figures = {"time per pair": (seconds / cell.pairs, "s"), **figures, "loss": (loss.item(), "nats")}
+    if cell.recompute == AUTO:
+        figures["layers recomputed"] = (predicted["layers"], f"of {machine.geometry.text[2]}")
     if predicted.get("peak"):
         figures["predicted peak"] = (predicted["peak"] / 1e9, "GB")
         figures["predicted / measured"] = (predicted["peak"] / peak, "")
     if predicted:
         figures["FLOPs per pair"] = (predicted["flops"] / 1e12, "TFLOP")
         figures |= utilization(machine, predicted["flops"] / seconds)
-    return Entry(str(cell), "ok", figures, note)
+    return Entry(name_of(machine, cell), "ok", figures, note)
+
+
+def name_of(machine: Machine, cell: Cell) -> str:
+    """The cell, with what stands in for LLaMA-Factory where that is not installed."""
+    return str(cell) if machine.full else str(cell).replace(STOCK, "plain forward")
 
 
 def tracked(held: Trainee, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -186,8 +202,12 @@ def utilization(machine: Machine, rate: float) -> dict[str, tuple[Any, str]]:
 # predictions ------------------------------------------------------------------------------------------------------
 
 
-def predict(geometry: Geometry, cell: Cell, target: str) -> dict[str, float]:
-    """{"peak": bytes, "flops": of a pair's step} of a cell by the plan's trace, which needs LLaMA-Factory."""
+def predict(geometry: Geometry, cell: Cell, target: str, limit: float | None = None) -> dict[str, float]:
+    """{"peak": bytes, "flops": of a pair's step} of a cell by the plan's trace, which needs LLaMA-Factory.
+
+    Under `AUTO` also "layers": how many are recomputed for the step to fit `limit` bytes with the plan's reserve (None:
+    for all but one to be kept, as a dry run does). Raises LeftOut where it does not fit.
+    """
     import_llamafactory()
     settings = config(geometry)
     rank = min(models.LORA_RANK, geometry.text[0] // 4)
@@ -201,8 +221,19 @@ def predict(geometry: Geometry, cell: Cell, target: str) -> dict[str, float]:
         shared=cell.side == OURS,
         beta=models.BETA,
     )
-    found = trace(settings, setting, [[models.photo(settings)] * cell.pairs])
-    return {"peak": found.peak, "flops": found.flops / found.pairs}
+    groups = [[models.photo(settings)] * cell.pairs]
+    if cell.recompute != AUTO:
+        found = trace(settings, setting, groups)
+        return {"peak": found.peak, "flops": found.flops / found.pairs}
+    from ..plan.recomputed import Recomputed
+    from ..plan.report import RESERVE
+
+    traces = Recomputed(settings, setting, groups, lambda traced: traced.peak + RESERVE)
+    count = traces.fewest(traces.need(1) if limit is None else limit)
+    if count is None:
+        raise LeftOut(f"computed: does not fit {limit / 1e9:.1f} GB with all layers recomputed")
+    found = traces.at(count)
+    return {"peak": found.peak, "flops": found.flops / found.pairs, "layers": count}
 
 
 def _without_card() -> None:
@@ -217,8 +248,9 @@ class Predictions:
         self._pool: ProcessPoolExecutor | None = None
         self._futures: dict[Cell, Future] = {}
         if machine.full and not machine.dry_run:  # 10 to 30 s each: started now, they are there when they are asked for
+            limit = torch.cuda.mem_get_info(machine.device)[0]
             self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _without_card)
-            self._futures = {cell: self._pool.submit(predict, machine.geometry, cell, "cuda") for cell in CELLS}
+            self._futures = {cell: self._pool.submit(predict, machine.geometry, cell, "cuda", limit) for cell in CELLS}
 
     def of(self, cell: Cell) -> tuple[dict[str, float], str]:
         """({"peak", "flops"} as far as they are known, why they are not)."""
@@ -228,6 +260,8 @@ class Predictions:
             if self._machine.dry_run:
                 return predict(self._machine.geometry, cell, "cpu"), ""
             return self._futures[cell].result(timeout=120), ""
+        except LeftOut as error:
+            return {}, str(error)
         except Exception as error:  # the measurement itself is worth having without
             return {}, f"not predicted: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
@@ -251,6 +285,6 @@ def run(machine: Machine, record: Record) -> None:
     predictions = machine.shared.get("predictions") or Predictions(machine)
     try:
         for cell in CELLS:
-            record.attempt(str(cell), lambda cell=cell: measure(machine, cell, predictions))
+            record.attempt(name_of(machine, cell), lambda cell=cell: measure(machine, cell, predictions))
     finally:
         predictions.close()
