@@ -25,6 +25,7 @@ from llava_orpo.plan import gpus
 from llava_orpo.tiny import random_model, shapes
 
 CPU = torch.device("cpu")
+DRY_RUN = pytest.mark.xdist_group("gpu dry run")  # one worker runs it for all tests of it
 FEW = [speed.Cell("nf4", 1, "all", speed.OURS), speed.Cell("nf4", 1, "all", speed.STOCK)]
 AUTO = speed.Cell("nf4", 1, "auto", speed.OURS)
 
@@ -52,6 +53,7 @@ def entries(stage):
 
 
 @pytest.mark.slow
+@DRY_RUN
 def test_a_dry_run_goes_through_every_stage(dry_run):
     assert dry_run.code == 0, dry_run.stages
     titles = [correctness.TITLE, speed.TITLE, waits.TITLE, training.TITLE]
@@ -65,6 +67,7 @@ def test_a_dry_run_goes_through_every_stage(dry_run):
 
 
 @pytest.mark.slow
+@DRY_RUN
 def test_the_plan_predicts_the_peak_of_both_steps(dry_run):
     for cell in FEW:
         figures = entries(dry_run.stages[speed.TITLE])[str(cell)]["figures"]
@@ -79,6 +82,7 @@ def test_the_plan_predicts_the_peak_of_both_steps(dry_run):
 
 
 @pytest.mark.slow
+@DRY_RUN
 def test_the_training_was_resumed_and_its_model_removed(dry_run):
     found = entries(dry_run.stages[training.TITLE])
     assert found["all steps, resumed once"]["figures"]["steps"]["value"] == training.DRY_STEPS

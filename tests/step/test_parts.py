@@ -276,6 +276,7 @@ def test_a_recipe_trains_and_evaluates_in_parts(tmp_path):
         "gradient_accumulation_steps": 2,
         "max_steps": 2,
         "lr_scheduler_type": "constant",
+        "adam_epsilon": 1e-3,  # else Adam makes a step of the whole learning rate out of a gradient that is rounding
         "max_pairs_per_image": 3,
     }
     keys = {**KEYS, **more}
@@ -283,7 +284,7 @@ def test_a_recipe_trains_and_evaluates_in_parts(tmp_path):
     path = write_recipe(tmp_path, {**keys, "output_dir": str(tmp_path / "parts")})
     done = run_cli("train", path, "max_tokens_per_step=135", env={"LLAMAFACTORY_VERBOSITY": "INFO"})
     assert (done.stdout + done.stderr).count("A micro-batch runs in") == 1
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts", tolerance=1e-5)
     scores = [
         [json.loads(line) for line in (tmp_path / name / "preference_pairs.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")

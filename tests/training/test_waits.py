@@ -57,6 +57,7 @@ def counted(folder, keys) -> dict[str, int]:
         with waits.paused():
             return collate(rows)
 
+    collator.max_tokens = collate.max_tokens
     trainer.data_collator = collator
     with waits.counting():
         trainer.train()
