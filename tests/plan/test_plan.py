@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.paths import ROOT
 from llava_orpo import precheck
 from llava_orpo.errors import UserError
 from llava_orpo.plan import check, recomputed, report, sizes
@@ -16,6 +17,7 @@ from llava_orpo.plan.gpus import GPUS, named
 from llava_orpo.plan.trace import PairSize, Setting, Traced
 from llava_orpo.step.packing import TokenPair, pack
 
+ENGINES = ROOT / "recipes" / "engines"
 PAIR = PairSize(10, 5, 640, 480, 3, 4, 6, 5)
 PUBLISHED = {"model_name_or_path": sizes.PUBLISHED}
 
@@ -102,11 +104,11 @@ def traces(monkeypatch):
     return seen
 
 
-def planned(keys, cards="rtx4090,a100-40,a100-80"):
+def planned(keys, cards="rtx4090,a100-40,a100-80", ranks=1):
     config, source = sizes.load_config(PUBLISHED)
     recipe = {**PUBLISHED, "quantization_bit": 4, "bf16": True, "num_train_epochs": 1.0, **keys}
     data = sizes.assumed(config)
-    return report.plan(recipe, config, (source, data.source), data, named(cards))
+    return report.plan(recipe, config, (source, data.source), data, named(cards), ranks=ranks)
 
 
 def test_every_card_gets_its_own_number_of_recomputed_layers(traces):
@@ -127,6 +129,26 @@ def test_every_card_gets_its_own_number_of_recomputed_layers(traces):
     assert [card["one GPU"] for card in fixed.values()] == [False, True, True]
     none = planned({"recompute": "none"})["gpus"]
     assert {(card["recompute"], card["one GPU"]) for card in none.values()} == {(0, False), (0, True)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "engine"),
+    [
+        ({}, "DDP"),
+        ({"deepspeed": str(ENGINES / "zero2.json")}, "ZeRO-2"),
+        ({"deepspeed": str(ENGINES / "zero3.json")}, "ZeRO-3 / FSDP"),
+        ({"fsdp": "full_shard auto_wrap"}, "ZeRO-3 / FSDP"),
+        ({"deepspeed": "missing.json"}, "DDP"),
+    ],
+)
+def test_layers_and_remedies_are_those_of_the_recipes_own_engine(traces, keys, engine):
+    found = planned({"quantization_bit": None, **keys}, "a100-40", ranks=8)
+    (card,) = found["gpus"].values()
+    assert found["engine"] == engine and card["peak_bytes"] <= card["memory"]
+    # 77.5 GB less 1.5 for each layer in 42.95; ZeRO-3 holds an eighth of 20 GB of weights
+    assert card["recompute"] == (12 if engine == "ZeRO-3 / FSDP" else 24)
+    assert f"GB then, {engine}" in report.show(found)
+    assert planned(keys, "a100-40")["engine"] == "one GPU"
 
 
 def test_only_remedies_that_help_are_offered(traces):

@@ -6,7 +6,10 @@ ranks, the assumed reserve, and hours from FLOPs at a stated utilization.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .gpus import Gpu
@@ -50,6 +53,18 @@ def need_of(traced: Traced, ranks: int, quantized: bool, engine: str | None = No
     """Bytes at the peak on each of `ranks` GPUs, the reserve included; engine: of `engines`, else DDP or one GPU."""
     found = engines(traced, ranks, quantized)
     return found.get(engine or "DDP") or found["DDP"] or found["one GPU"]
+
+
+def engine_of(recipe: Mapping[str, Any]) -> str | None:
+    """Which of `engines` the recipe's own keys start on several GPUs; None: none that shards, so DDP."""
+    if recipe.get("fsdp"):
+        return "ZeRO-3 / FSDP"
+    config = recipe.get("deepspeed") or {}
+    if not isinstance(config, Mapping):
+        with suppress(OSError, ValueError):  # what cannot be read is refused before a training
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, Mapping) else None
+    return {2: "ZeRO-2", 3: "ZeRO-3 / FSDP"}.get(stage)
 
 
 def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, list, dict[str, float]]:
@@ -97,8 +112,10 @@ def plan(
     setting = Setting.of(recipe, target, config)
     typical, longest, figures = batches_of(data, recipe, config)
 
+    engine = engine_of(recipe)
+
     def need(traced: Traced) -> float:
-        return need_of(traced, ranks, setting.quantized)
+        return need_of(traced, ranks, setting.quantized, engine)
 
     counted = Recomputed(config, setting, longest, need)
     usually = counted if typical == longest else Recomputed(config, setting, typical, need)
@@ -133,6 +150,7 @@ def plan(
         },
         "trainable_parameters": worst.trainable_parameters,
         "ranks": ranks,
+        "engine": next(name for name in (engine, "DDP", "one GPU") if peaks.get(name)),
         "peak_bytes": peaks,
         "utilization": utilization,
         "disk_bytes": disk(recipe, worst),
@@ -151,11 +169,13 @@ def plan(
         out["gpus"][gpu.name] = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source, "hours": hours, **fits}
         out["gpus"][gpu.name] |= recomputed
     if target == "cuda" and try_remedies and any(needed > gpu.memory for gpu in gpus):
-        out["remedies"] = remedies(recipe, config, data, gpus, target)
+        out["remedies"] = remedies(recipe, config, data, gpus, target, ranks)
     return out
 
 
-def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu], target: str) -> dict[str, Any]:
+def remedies(
+    recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu], target: str, ranks: int = 1
+) -> dict[str, Any]:
     """{GPU: {"keys": keys to change, "peak_bytes": …} or None}, the changes taken in turn until the recipe fits."""
     changed: dict[str, Any] = {}
     out: dict[str, Any] = {gpu.name: None for gpu in gpus}
@@ -176,7 +196,9 @@ def remedies(recipe: Mapping[str, Any], config, data: Data, gpus: Sequence[Gpu],
             if not data.assumed:
                 break  # the data has to be read again with the new tiles
             data = assumed(config, len(data.sizes))
-        peak = trace(config, Setting.of(tried, target, config), batches_of(data, tried, config)[1]).peak + RESERVE
+        setting = Setting.of(tried, target, config)
+        traced = trace(config, setting, batches_of(data, tried, config)[1])
+        peak = need_of(traced, ranks, setting.quantized, engine_of(tried))
         for gpu in gpus:
             if out[gpu.name] is None and peak <= gpu.memory:
                 out[gpu.name] = {"keys": dict(changed), "peak_bytes": peak}
@@ -243,10 +265,11 @@ def show(result: Mapping[str, Any]) -> str:
         fits = ["fits" if gpu[engine] else "does not fit" for engine in engines_]
         recompute = f"{gpu['recompute']} of {result['layers']}"
         rows.append([name, gb(gpu["memory"]), *fits, recompute, gb(gpu["peak_bytes"]), f"{gpu['hours']:.3g}"])
-    head = ["GPU", "GB", *engines_, "layers recomputed", "GB then", f"hours for {result['epochs']:g} epochs"]
+    own = f"GB then, {result['engine']}"
+    head = ["GPU", "GB", *engines_, "layers recomputed", own, f"hours for {result['epochs']:g} epochs"]
     lines.append(table(rows, head))
     for name, remedy in result["remedies"].items():
-        if result["gpus"][name]["one GPU"]:
+        if result["gpus"][name][result["engine"]]:
             continue
         words = " ".join(f"{k}={str(v).lower()}" for k, v in remedy["keys"].items()) if remedy else ""
         lines.append(
