@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import random
 import re
+import signal
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,6 +213,29 @@ def stock_orpo_loss(model, batch: dict[str, Any], beta: float, device: torch.dev
     trainer.loss_type, trainer.beta, trainer.ftx_gamma, trainer.ld_alpha = "orpo", beta, 0.0, None
     loss, _ = trainer.get_batch_loss_metrics(model, batch)
     return loss
+
+
+def is_of_lost_worker(error: BaseException) -> bool:
+    """Whether `error` says that a dataloader worker ended.
+
+    torch says so itself once the worker has ended. One that is killed after it has announced a batch is still ending
+    when its tensors are asked for, and then the broken connection is all that torch tells.
+    """
+    if "DataLoader worker" in str(error):
+        return True
+    code = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data.__code__
+    fetched = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return fetched and isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+
+
+def forget_lost_workers() -> None:
+    """Takes torch's handler for ended child processes away, until the next loader with workers is made.
+
+    A worker that is still ending would be told of in the middle of what the program does next.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = False
 
 
 def read_window(trainer) -> dict[str, Any]:

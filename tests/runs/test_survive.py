@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -265,20 +267,34 @@ def test_an_unwritable_output_folder_is_refused_in_the_first_seconds(folder):
     assert done.stderr == f"error: output_dir: {folder}/file is a file, not a folder; name another folder.\n"
 
 
-def test_a_killed_dataloader_worker_stops_with_a_saved_state(folder):
-    keys = keys_of(folder, "worker", dataloader_num_workers=1)
+@pytest.mark.parametrize("sending", [False, True], ids=["", "while it sends a batch"])
+def test_a_killed_dataloader_worker_stops_with_a_saved_state(folder, monkeypatch, sending):
+    name = f"worker {sending}"
+    keys = keys_of(folder, name, dataloader_num_workers=1)
     earlier = psutil.Process().children()  # of other tests: torch would tell of a worker of theirs at any later time
 
     def kill_workers() -> None:
         for child in set(psutil.Process().children()) - set(earlier):
             child.kill()
 
+    def cut(*args, **kwargs):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def end() -> None:
+        if sending:  # the batch is cut off before the worker has ended: here, a moment before
+            monkeypatch.setattr("multiprocessing.queues.Queue.get", cut)
+            threading.Timer(0.01, kill_workers).start()
+        else:
+            kill_workers()
+
     with pytest.raises(
         UserError, match="A dataloader worker was killed.*checkpoint-[12] is saved.*dataloader_num_workers"
     ):
-        train(keys, At("on_step_begin", 1, kill_workers))
+        train(keys, At("on_step_begin", 1, end))
+    monkeypatch.undo()
+    gc.collect()  # torch may tell of the worker as long as its loader lives
     train(keys)
-    assert_as_whole(folder, "worker")
+    assert_as_whole(folder, name)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from ..files import whole_lines, write_atomic
 from ..precheck import incomplete_checkpoint
 from ..preference.records import HISTORY, drop_history_after
 from ..step.attention import unwrap
-from ..upstream import recomputed
+from ..upstream import forget_lost_workers, is_of_lost_worker, recomputed
 from .anomalies import ANOMALIES
 from .callbacks import WandbExamples
 from .recompute import free_memory, more
@@ -241,7 +241,8 @@ def told_what_to_do(trainer: Trainer) -> Iterator[None]:
         raise
     except Exception as error:
         output_dir = Path(trainer.args.output_dir)
-        if "DataLoader worker" in str(error):
+        if is_of_lost_worker(error):
+            forget_lost_workers()
             saved = _emergency_checkpoint(trainer)
             raise UserError(
                 f"A dataloader worker was killed, probably for lack of memory: {saved}. Lower dataloader_num_workers "
