@@ -52,8 +52,8 @@ is read. This saves 1/8 of the decoder in `mid` and **half of it in `slice7b`, w
 RECOMPUTE = """### With gradient checkpointing
 
 What a recipe gets by default: LLaMA-Factory recomputes every decoder layer in the backward pass. Against that step ours
-with `recompute` all, half of the layers, and none, in one run on a very busy machine: the speeds are noisy, and the
-FLOP ratio, the limit at equal efficiency, is the firmer number.
+with `recompute` all, half of the layers, and none, in one run. With four pairs the machine was very busy: those speeds
+are noise, and the FLOP ratio, the limit at equal efficiency, is the firmer number.
 `recompute: auto` takes the least that the GPU's memory allows (computed below: none of the 7B's 32 layers on 80 GB).
 """
 RECOMPUTE_TARGETS = {("mid", 1): 5.4, ("mid", 4): 16.0}  # (geometry, pairs per image) -> least speed-up without any
