@@ -18,9 +18,9 @@ from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
 from helpers.llava import tiny_llava
 from helpers.recipes import random_model
-from helpers.waits import Waits
 from llava_orpo import upstream
 from llava_orpo.checkpoint.published import expected_tensors
+from llava_orpo.gpu.host_waits import Waits
 
 
 def test_the_installed_versions_are_those_it_was_written_for(monkeypatch):

@@ -54,7 +54,8 @@ class Progress:
     @property
     def count(self) -> str:
         """The count as it is shown, such as "212/400 pairs"."""
-        many = self.unit and " " + self.unit + ("" if self.unit.endswith(("s", "B")) else "s")
+        plural = "" if self.unit.endswith(("s", "B")) else "es" if self.unit.endswith("ch") else "s"
+        many = self.unit and f" {self.unit}{plural}"
         return f"{self.done}/{self.total}{many}" if self.total else f"{self.done}{many or ' done'}"
 
     def __str__(self) -> str:

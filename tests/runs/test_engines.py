@@ -6,17 +6,15 @@ on GPUs only; `helpers.cpu_fsdp` lets it shard on CPUs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
-from helpers.ranks import train, train_on_processes
+from helpers.engines import FSDP, fsdp_keys, train_under_deepspeed, train_under_fsdp
+from helpers.ranks import train
 from helpers.same_training import ONE, TWO, adapter, assert_same, losses, made, rows_of
 
 pytestmark = pytest.mark.heavy
-ENGINES = ROOT / "recipes" / "engines"
 CASES = ["ragged", "text-only", "grouped"]
 
 
@@ -32,25 +30,18 @@ def trained(tmp_path_factory) -> Path:
     def recipes(engine: str, keys: dict) -> list[dict]:
         return [made(folder, f"{name}/{engine}", {**case, **TWO, **start, **keys}) for name, case in cases.items()]
 
-    zero = [
-        one for stage in (2, 3) for one in recipes(f"zero{stage}", {"deepspeed": str(ENGINES / f"zero{stage}.json")})
-    ]
-    for one in zero:
-        del one["use_cpu"]  # DeepSpeed takes its device from DS_ACCELERATOR
-    train_on_processes(folder, zero, 2, timeout=1800, DS_ACCELERATOR="cpu")
-    for name in ("fsdp", "fsdp2"):
-        config = json.loads((ENGINES / f"{name}.json").read_text())
-        config = {**config, "sync_module_states": False, "cpu_ram_efficient_loading": False}  # both need a GPU
-        keys = {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    train_under_deepspeed(folder, recipes)
+    for name in FSDP:
+        keys = fsdp_keys(name)
         runs = recipes(name, keys)
         saved = {"save_strategy": "steps", "save_steps": 2}
         runs.append(made(folder, f"cut/{name}", {**cases["grouped"], **TWO, **start, **keys, **saved, "max_steps": 4}))
         goes_on = {"resume_from_checkpoint": str(folder / f"cut/{name}/checkpoint-4")}  # within the second epoch
         resumed = {**cases["grouped"], **start, **keys, **goes_on}
         runs.append(made(folder, f"resumed/{name}-2", {**resumed, **TWO}))
-        train_on_processes(folder, runs, 2, timeout=1800, module="helpers.cpu_fsdp")
+        train_under_fsdp(folder, runs)
         four = made(folder, f"resumed/{name}-4", {**resumed, "per_device_train_batch_size": 1})
-        train_on_processes(folder, [four], 4, timeout=1800, module="helpers.cpu_fsdp")
+        train_under_fsdp(folder, [four], processes=4)
     return folder
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.engines import FSDP, fsdp_keys, train_under_deepspeed, train_under_fsdp
 from helpers.ranks import train, train_on_processes
 from helpers.same_training import IN_PARTS, ONE, assert_same, made, rows_of
 
 pytestmark = pytest.mark.heavy
-ENGINES = ROOT / "recipes" / "engines"
 CASES = ["text-only", "grouped"]
 WAYS = ["ddp", "ddp-accumulated", "zero2", "zero3", "fsdp", "fsdp2"]
 
@@ -31,24 +30,16 @@ def trained(tmp_path_factory) -> Path:
     for name, keys in cases.items():
         cases[name] = {**keys, **start, **evaluated, "eval_dataset": keys["dataset"], "num_train_epochs": 2}
         train(made(folder, f"{name}/one", {**cases[name], **ONE}))
-        train(made(folder, f"{name}/one-accumulated", {**cases[name], "per_device_train_batch_size": 8}))
+        train(made(folder, f"{name}/one-accumulated", {**cases[name], **ONE, "gradient_accumulation_steps": 2}))
 
     def recipes(way: str, keys: dict) -> list[dict]:
         return [made(folder, f"{name}/{way}", {**case, **IN_PARTS, **keys}) for name, case in cases.items()]
 
     ddp = [*recipes("ddp", {}), *recipes("ddp-accumulated", {"gradient_accumulation_steps": 2})]
     train_on_processes(folder, ddp, 2, timeout=1800)
-    zero = [
-        one for stage in (2, 3) for one in recipes(f"zero{stage}", {"deepspeed": str(ENGINES / f"zero{stage}.json")})
-    ]
-    for one in zero:
-        del one["use_cpu"]  # DeepSpeed takes its device from DS_ACCELERATOR
-    train_on_processes(folder, zero, 2, timeout=1800, DS_ACCELERATOR="cpu")
-    for name in ("fsdp", "fsdp2"):
-        config = json.loads((ENGINES / f"{name}.json").read_text())
-        config = {**config, "sync_module_states": False, "cpu_ram_efficient_loading": False}  # both need a GPU
-        runs = recipes(name, {"fsdp": "full_shard auto_wrap", "fsdp_config": config})
-        train_on_processes(folder, runs, 2, timeout=1800, module="helpers.cpu_fsdp")
+    train_under_deepspeed(folder, recipes)
+    for name in FSDP:
+        train_under_fsdp(folder, recipes(name, fsdp_keys(name)))
     return folder
 
 

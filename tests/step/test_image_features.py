@@ -9,7 +9,7 @@ import torch
 
 from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, tiny_llava
 from helpers.packed import gradients, packed_of
-from helpers.waits import Waits
+from llava_orpo.gpu.host_waits import Waits
 from llava_orpo.step import attention
 from llava_orpo.step.packing import TokenPair, pack
 

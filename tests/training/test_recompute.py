@@ -245,6 +245,15 @@ def test_what_never_fits_stops_before_the_first_step(built, monkeypatch):
         chooser._tried(unwrap(trainer.model).get_decoder().layers, 0)
 
 
+def test_no_limit_is_set_where_a_loss_needs_the_whole_batch(built, monkeypatch, said):
+    trainer, chooser = built
+    monkeypatch.setattr(trainer, "bco_gemma", 1.0)
+    OutOfMemory(monkeypatch, 0, 1, 2)
+    with pytest.raises(UserError, match="Out of memory before the first step"):
+        chooser._tried(unwrap(trainer.model).get_decoder().layers, 0)
+    assert trainer.data_collator.max_tokens is None and not any("run in parts" in line for line in said)
+
+
 def test_a_batch_that_does_not_fit_with_all_layers_runs_in_parts(folder, whole, monkeypatch, said, runs):
     limit_of(monkeypatch, 1e12)
     OutOfMemory(monkeypatch, 0, 1, 2)

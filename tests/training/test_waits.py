@@ -6,7 +6,7 @@ import pytest
 from llamafactory.hparams import get_train_args
 
 from helpers.recipes import build_trainer, photo_rows, recipe, write_rows
-from helpers.waits import Waits
+from llava_orpo.gpu.host_waits import Waits
 from llava_orpo.integration.run import current
 from llava_orpo.training import trainer as trainer_module
 from llava_orpo.training import workflow

@@ -16,13 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from ..step.collator import SharedPrefixCollator
 from ..tiny.shapes import PATCH, config
 from . import models, speed
+from .host_waits import Waits
 from .machine import SMALLEST, Machine, installed
 from .record import Record, Unmeasured
 
@@ -30,38 +29,16 @@ TITLE = "3 host synchronizations, data, tokens per second"
 STEPS, DRY_STEPS = 12, 3
 TRAINER_STEPS = 4
 PHOTO = (640, 480)
-aten = torch.ops.aten
-ASKING = (
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.masked_select,
-)  # their results depend on what the device computed
-
-
-class _Asks(TorchDispatchMode):
-    """Counts the operators at which a host would wait for its device, on a CPU, where none waits."""
-
-    def __init__(self, counts: Counter[str]):
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        packet = func._overloadpacket
-        by_mask = packet in (aten.index, aten.index_put, aten.index_put_) and any(
-            isinstance(one, torch.Tensor) and one.dtype in (torch.bool, torch.uint8) for one in tree_leaves(args[1])
-        )
-        if packet in ASKING or by_mask:
-            self.counts[packet._qualified_op_name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def host_synchronizations(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts {what: times} inside: on CUDA by torch's sync debug mode, on a CPU the operators that would wait."""
+    """Counts {place: times}, known at the end: on CUDA by torch's sync debug mode, on a CPU what would wait there."""
     counts: Counter[str] = Counter()
     if device.type != "cuda":
-        with _Asks(counts):
+        with Waits().counting() as waits:
             yield counts
+        counts.update(waits.places())
         return
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -84,7 +61,7 @@ def optimizer_step(held: speed.Trainee) -> None:
 
 def _counted(machine: Machine, counts: Counter[str], steps: int = 1) -> dict[str, tuple[Any, str]]:
     # a CPU cannot tell what lives on the host anyway, such as Adam's step counters
-    name = "host synchronizations" if machine.device.type == "cuda" else "operators that would wait"
+    name = "host synchronizations" if machine.device.type == "cuda" else "what would wait"
     figures: dict[str, tuple[Any, str]] = {name: (sum(counts.values()) / steps, "")}
     for place, times in counts.most_common(6):
         figures[f"at {place}"] = (times / steps, "")

@@ -110,22 +110,16 @@ def plan(
 ) -> dict[str, Any]:
     """The whole result for one recipe, ready for JSON. sources: where config and data sizes come from."""
     setting = Setting.of(recipe, target, config)
-    typical, longest, figures = batches_of(data, recipe, config)
-
+    batches = batches_of(data, recipe, config)
     engine = engine_of(recipe)
 
     def need(traced: Traced) -> float:
         return need_of(traced, ranks, setting.quantized, engine)
 
-    counted = Recomputed(config, setting, longest, need)
-    usually = counted if typical == longest else Recomputed(config, setting, typical, need)
+    typical, longest, count = _by_layers(config, setting, batches, need)
+    usual = _traced(typical, setting, count)
+    worst = usual if typical is longest else _traced(longest, setting, count)
     automatic = setting.checkpointing and setting.shared and str(recipe.get("recompute", "auto")) == "auto"
-    count = 0 if not setting.checkpointing else counted.layers if setting.recompute is None else setting.recompute
-    if setting.checkpointing:
-        usual, worst = usually.at(count), counted.at(count)
-    else:
-        usual = trace(config, setting, typical)
-        worst = usual if typical == longest else trace(config, setting, longest)
     epochs = float(recipe.get("num_train_epochs", 3.0))
     flops = usual.flops / usual.pairs
     peaks = engines(worst, ranks, setting.quantized)
@@ -136,7 +130,7 @@ def plan(
         "pairs": data.pairs,
         "epochs": epochs,
         "histogram_pairs_per_image": None if data.assumed else data.pairs_per_image(),
-        **figures,
+        **batches[2],
         "batch": usual.pairs,
         "tflop_per_pair": flops / 1e12,
         "longest_batch_tokens": worst.tokens,
@@ -158,19 +152,32 @@ def plan(
         "remedies": {},
     }
     needed = need(worst)
-    out["layers"] = counted.layers
+    out["layers"] = longest.layers
     for gpu in gpus:
-        chosen = counted.fewest(gpu.memory) if automatic and needed <= gpu.memory else count
-        peak = needed if chosen == count else counted.need(chosen)
-        flops = (usual if chosen == count else usually.at(chosen)).flops / usual.pairs
-        recomputed = {"recompute": chosen, "peak_bytes": peak, "tflop_per_pair": flops / 1e12}
+        chosen = longest.fewest(gpu.memory) if automatic and needed <= gpu.memory else count
+        peak = needed if chosen == count else longest.need(chosen)
+        flops = (usual if chosen == count else typical.at(chosen)).flops / usual.pairs
         hours = flops * data.pairs * epochs / (gpu.rate * utilization) / 3600 / ranks
-        fits = {name: None if peak is None else peak <= gpu.memory for name, peak in peaks.items()}
-        out["gpus"][gpu.name] = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source, "hours": hours, **fits}
-        out["gpus"][gpu.name] |= recomputed
+        fits = {name: None if size is None else size <= gpu.memory for name, size in peaks.items()}
+        known = {"memory": gpu.memory, "rate": gpu.rate, "source": gpu.source}
+        then = {"recompute": chosen, "peak_bytes": peak, "tflop_per_pair": flops / 1e12, "hours": hours}
+        out["gpus"][gpu.name] = {**known, **fits, **then}
     if target == "cuda" and try_remedies and any(needed > gpu.memory for gpu in gpus):
         out["remedies"] = remedies(recipe, config, data, gpus, target, ranks)
     return out
+
+
+def _by_layers(config, setting: Setting, batches, need) -> tuple[Recomputed, Recomputed, int]:
+    """(traces of the typical batch, of the longest one, how many layers the recipe recomputes)."""
+    longest = Recomputed(config, setting, batches[1], need)
+    typical = longest if batches[0] == batches[1] else Recomputed(config, setting, batches[0], need)
+    if not setting.checkpointing:
+        return typical, longest, 0
+    return typical, longest, longest.layers if setting.recompute is None else setting.recompute
+
+
+def _traced(batch: Recomputed, setting: Setting, count: int) -> Traced:
+    return batch.at(count) if setting.checkpointing else trace(batch.config, setting, batch.groups)
 
 
 def remedies(

@@ -120,7 +120,7 @@ class FewestLayers(TrainerCallback):
         Memory grows with the tokens about as between these two, which are traced.
         """
         pair = max((pair for group in traces.groups for pair in group), key=lambda pair: group_tokens([pair]))
-        if len(traces.groups) == len(traces.groups[0]) == 1 or not self._may_cut:
+        if len(traces.groups) == len(traces.groups[0]) == 1 or not self.trainer.takes_a_limit:
             return NO_LIMIT
         one = self._traces_of([[pair]])
         if one.need(layers) > limit:
@@ -128,10 +128,6 @@ class FewestLayers(TrainerCallback):
         least, most = one.at(layers).tokens, traces.at(layers).tokens
         share = (limit - one.need(layers)) / (traces.need(layers) - one.need(layers))
         return least + int(share * (most - least))
-
-    @property
-    def _may_cut(self) -> bool:
-        return self.trainer.plugin.max_tokens_per_step is None
 
     def _limit_tokens(self, allowed: int) -> None:
         self.trainer.limit_tokens(allowed)
@@ -169,16 +165,18 @@ class FewestLayers(TrainerCallback):
         Raises UserError if it does not even fit with all of them.
         """
         data = sizes_of(self.trainer.train_dataset, self.keys, unwrap(self.trainer.model).config)
-        rows = [dict(self.trainer.train_dataset[i]) for run in self._longest(data) for i in run]
+        longest_batch = [i for run in self._longest(data) for i in run]
+        rows = [dict(self.trainer.train_dataset[i]) for i in longest_batch]
+        pair = max(group_tokens([data.sizes[i]]) for i in longest_batch)
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         while self._largest(not self._fits(batch)):
             if count == len(layers):
-                longest = max(part["packed"].num_tokens for part in parts_of(batch))
-                pair = max(group_tokens([data.sizes[i]]) for run in self._longest(data) for i in run)
-                if self._may_cut and longest > pair:
+                longest = _longest_part(batch)
+                if self.trainer.takes_a_limit and longest > pair:
                     self._limit_tokens(max(pair, longest * 3 // 4))
                     batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
-                    continue
+                    if _longest_part(batch) < longest:
+                        continue
                 raise UserError(
                     "Out of memory before the first step, on the longest batch of the data with every decoder layer "
                     "recomputed. Lower per_device_train_batch_size or anyres_max_tiles; `python scripts/plan.py` with "
@@ -228,6 +226,10 @@ class FewestLayers(TrainerCallback):
 
 def _tokens(groups: list[list[PairSize]]) -> int:
     return sum(map(group_tokens, groups))
+
+
+def _longest_part(batch: dict[str, Any]) -> int:
+    return max(part["packed"].num_tokens for part in parts_of(batch))
 
 
 def free_memory() -> None:

@@ -103,8 +103,13 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
         The recipe's `max_tokens_per_step` goes before it. None: no limit. All processes must set a limit, or none.
         """
-        if self.plugin.max_tokens_per_step is None and self.bco_gemma < 1e-6:  # see checks.refuse_token_limit
+        if self.takes_a_limit:
             self.data_collator.max_tokens = allowed_tokens
+
+    @property
+    def takes_a_limit(self) -> bool:
+        """Whether `limit_tokens` has an effect: not beside the recipe's own, nor with BCO, whose mean is a batch's."""
+        return self.plugin.max_tokens_per_step is None and self.bco_gemma < 1e-6
 
     # data ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""What would make the host wait for a GPU, counted on a CPU: reads of a tensor's values, and copies of host data."""
+"""What would make the host wait for a GPU, counted on a CPU: reads of a tensor's values, and copies of host data.
+
+Needs torch alone.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,9 +76,9 @@ class Waits:
     def counting(self) -> Iterator[Waits]:
         """Counts inside, in this thread and on it alone."""
         with ExitStack() as stack:
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
             for name in METHODS:
-                patch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+                counted = self._counted(name, getattr(torch.Tensor, name))
+                stack.enter_context(mock.patch.object(torch.Tensor, name, counted))
             stack.enter_context(_Operators(self))
             stack.enter_context(_Functions(self))
             yield self
