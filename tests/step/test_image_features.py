@@ -81,3 +81,16 @@ def test_methods_come_back_after_an_error(case):
     with pytest.raises(ValueError):
         attention.packed_forward(model, packed, **{**inputs, "image_sizes": [[80, 25]] * 3})
     assert not {"forward", "pack_image_features"} & set(vars(inner))
+
+
+def test_every_forward_stays_a_method_of_its_class(case):
+    # compressed-tensors wraps `module.forward.__func__` of each module when the first forward of a quantized one begins
+    model, packed, inputs = case
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda *_: seen.append([module.forward.__func__ is type(module).forward for module in model.modules()])
+    )
+    attention.packed_forward(model, packed, **inputs)
+    hook.remove()
+    assert len(seen) == 1 and all(seen[0])
+    assert not model.model._forward_pre_hooks and "pack_image_features" not in vars(model.model)
