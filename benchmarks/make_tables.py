@@ -180,7 +180,8 @@ def gpu_tables(result: dict) -> str:
             rows.append(["the stage", stage["state"], stage["error"]])
         parts.append(measure.table([title, "", "result"], rows) + "\n")
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return "\n".join([*parts, f"`{result['command']}`, {result['time']}; {installed}.\n"])
+    runs = dict.fromkeys(f"`{stage['command']}`, {stage['time']}" for stage in result["stages"].values())
+    return "\n".join([*parts, f"{'; '.join(runs)}; {installed}.\n"])
 
 
 def gpu_section(folder: Path) -> str:

@@ -10,8 +10,9 @@
     4  20 steps through llamafactory-cli with recipes/llava16_orpo_qlora.yaml on a random 7B, resumed once
 
 Nothing is downloaded. Stage 4 writes 15 GB to --work and removes them. Every result is in the JSON file as soon as it
-is known; then `python benchmarks/make_tables.py` puts it into docs/benchmarks.md. The exit code is 1 if anything
-failed; a setting that does not fit the card's memory is a result.
+is known; then `python benchmarks/make_tables.py` puts it into docs/benchmarks.md. With --stages, what the file has of
+other stages stays, if card and versions are the same. The exit code is 1 if anything failed (tracebacks are in --work);
+a setting that does not fit the card's memory is a result.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser = flags(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="the smallest model on a CPU; nothing is a measurement")
     parser.add_argument("--core", action="store_true", help="without LLaMA-Factory, though it may be installed")
-    parser.add_argument("--stages", default="1,2,3,4", help="which of them, with commas (default: all)")
+    parser.add_argument("--stages", default="1,2,3,4", help="which of them, such as 2,3 (default: all)")
     parser.add_argument("--minutes", type=float, default=10.0, help="for stages 1 to 3; what is left is left out")
     parser.add_argument("--out", type=Path, help="folder of the JSON (benchmarks/results; outputs/gpu in a dry run)")
     parser.add_argument("--work", type=Path, default=WORK, help=f"where stage 4 needs 21 GB (default {WORK})")

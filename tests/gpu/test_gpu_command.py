@@ -170,6 +170,51 @@ def test_what_becomes_of_an_error(tmp_path, error, state, failures):
     assert str(error)[:10] in json.loads((tmp_path / "x.json").read_text())["stages"]["s"]["entries"][0]["note"]
 
 
+def test_a_stage_that_runs_again_takes_the_place_of_its_own_alone(tmp_path):
+    head = {"card": {"name": "Made Up 9000"}, "versions": {"torch": "9.9"}, "dry_run": False}
+
+    def ran(title, value, **changed):
+        found = Record(tmp_path / "x.json", {**head, **changed}, say=lambda text: None)
+        with found.stage(title):
+            found.add(Entry("cell", figures={"time": (value, "s")}))
+            raise RuntimeError("afterwards")
+        return found
+
+    ran("2 speed", 1.0)
+    ran("1 right", 2.0)
+    found = ran("2 speed", 3.0)
+    assert found.failures == 1  # of this run
+    stages = json.loads((tmp_path / "x.json").read_text())["stages"]
+    assert {t: [e["figures"]["time"]["value"] for e in s["entries"]] for t, s in stages.items()} == {
+        "1 right": [2.0],
+        "2 speed": [3.0],
+    }
+    assert list(stages) == ["1 right", "2 speed"]
+    for other in ({"versions": {"torch": "10"}}, {"card": {"name": "Another"}}, {"dry_run": True}):
+        ran("1 right", 2.0)
+        assert list(ran("2 speed", 4.0, **other).content["stages"]) == ["2 speed"]
+    (tmp_path / "x.json").write_text("[]")
+    assert list(ran("2 speed", 4.0).content["stages"]) == ["2 speed"]
+
+
+def test_the_traceback_of_what_failed_is_kept_and_of_nothing_else(tmp_path):
+    log = tmp_path / "work" / "failed.txt"
+    found = Record(tmp_path / "x.json", {}, say=lambda text: None, tracebacks=log)
+
+    def measure(error):
+        raise error
+
+    with found.stage("s"):
+        for error in (LeftOut("no time"), Unmeasured("no card"), torch.cuda.OutOfMemoryError("CUDA out of memory")):
+            found.attempt("cell", lambda error=error: measure(error))
+        assert not log.exists()
+        found.attempt("cell 1", lambda: measure(RuntimeError("illegal access")))
+        measure(ValueError("of the stage"))
+    text = log.read_text()
+    assert text.startswith("cell 1\nTraceback") and ", in measure" in text and "RuntimeError: illegal access" in text
+    assert "\ns\nTraceback" in text and "ValueError: of the stage" in text
+
+
 def test_no_cell_starts_once_the_time_is_up(tmp_path):
     machine = Machine(CPU, dry_run=True, full=False, deadline=0.0)
     found = Record(tmp_path / "x.json", {}, say=lambda text: None)
@@ -349,7 +394,7 @@ def test_a_sharded_model_is_whole(tmp_path):
 def test_the_page_shows_what_was_measured(tmp_path):
     assert "Not yet measured: run `bash scripts/gpu.sh`" in make_tables.gpu_section(tmp_path)
     head = {"dry_run": False, "card": {"name": "Made Up 9000", "memory": {"value": 24e9, "unit": "bytes"}}}
-    head |= {"versions": {"torch": "9.9", "llamafactory": None}, "command": "bash scripts/gpu.sh", "time": "2030-01-01"}
+    head |= {"versions": {"torch": "9.9", "llamafactory": None}}
     found = Record(tmp_path / "gpu-made-up-9000.json", head, say=lambda text: None)
     with found.stage("2 speed"):
         found.add(Entry("nf4, shared prefix", figures={"time per pair": (0.8765, "s"), "peak": (9.5, "GB")}))
@@ -360,5 +405,10 @@ def test_the_page_shows_what_was_measured(tmp_path):
     page = make_tables.page(tmp_path)
     assert "### Made Up 9000, 24.0 GB" in page and "time per pair 0.876 s, peak 9.5 GB" in page
     assert "| does not fit | OutOfMemoryError: CUDA out of memory" in page and "no card" not in page
-    assert "RuntimeError: no idea" in page and "torch 9.9" in page and "llamafactory None" not in page
+    assert (
+        "RuntimeError: no idea" in page
+        and "`bash scripts/gpu.sh" in page
+        and "; torch 9.9" in page
+        and "llamafactory None" not in page
+    )
     assert "Not yet measured" not in page

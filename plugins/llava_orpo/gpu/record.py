@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.metadata
+import json
 import math
 import re
 import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,19 +61,33 @@ def _plain(value: Any) -> Any:
 
 
 class Record:
-    """Takes entries, prints each and writes the file."""
+    """Takes entries, prints each and writes the file; the tracebacks of what failed go to another file.
 
-    def __init__(self, path: Path, head: Mapping[str, Any], say: Callable[[str], None] = print):
-        self.path, self.say = path, say
-        self.content: dict[str, Any] = {**head, "stages": {}}
-        self._stage = ""
+    Stages that an earlier run left in the file stay, as long as it ran on the same card with the same versions: a run
+    may do one stage, or be repeated for one. Of a stage that runs again nothing stays.
+    """
+
+    def __init__(
+        self, path: Path, head: Mapping[str, Any], say: Callable[[str], None] = print, tracebacks: Path | None = None
+    ):
+        self.path, self.say, self.tracebacks = path, say, tracebacks
+        self.content: dict[str, Any] = {**head, "stages": self._earlier(head)}
+        self._stage, self._mine = "", []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
+    def _earlier(self, head: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            same = all(found[key] == head[key] for key in ("card", "versions", "dry_run"))
+            return dict(found["stages"]) if same else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # none, or not one of ours: it is written over
+
     @property
     def failures(self) -> int:
-        """Stages and entries that failed."""
-        stages = self.content["stages"].values()
+        """Stages and entries that failed in this run."""
+        stages = [self.content["stages"][title] for title in self._mine]
         return sum(s["state"] == FAILED for s in stages) + sum(
             e["state"] == FAILED for s in stages for e in s["entries"]
         )
@@ -80,8 +96,9 @@ class Record:
     def stage(self, title: str, budget: str = "") -> Iterator[None]:
         """A stage: what ends it early is recorded with its first line, and the next stage goes on."""
         self._stage = title
-        found: dict[str, Any] = {"state": "ok", "error": "", "seconds": 0.0, "entries": []}
-        self.content["stages"][title] = found
+        found: dict[str, Any] = {"state": "ok", "error": "", "seconds": 0.0, **when_and_how(), "entries": []}
+        self.content["stages"] = dict(sorted({**self.content["stages"], title: found}.items()))
+        self._mine.append(title)
         self.say(f"\n{title}{f' ({budget})' if budget else ''}")
         started = time.perf_counter()
         try:
@@ -91,6 +108,7 @@ class Record:
             self.say(f"  left out: {reason}")
         except Exception as error:
             found.update(state=FAILED, error=one_line(error))
+            self._keep_traceback(title, error)
             self.say(f"  failed: {one_line(error)}")
         finally:
             found["seconds"] = round(time.perf_counter() - started, 2)
@@ -117,9 +135,16 @@ class Record:
             entry = Entry(what, UNMEASURED, note=str(reason))
         except Exception as error:
             entry = Entry(what, UNFIT if out_of_memory(error) else FAILED, note=one_line(error))
+            self._keep_traceback(what, error)
         free_memory()  # only here has an exception let go of what its frames held
         self.add(entry)
         return entry
+
+    def _keep_traceback(self, what: str, error: BaseException) -> None:
+        if self.tracebacks is not None and not out_of_memory(error):
+            self.tracebacks.parent.mkdir(parents=True, exist_ok=True)
+            with self.tracebacks.open("a", encoding="utf-8") as file:
+                file.write(f"{what}\n{''.join(traceback.format_exception(error))}\n")
 
     def _write(self) -> None:
         write_json(self.path, self.content)
@@ -203,6 +228,10 @@ def head(device: torch.device, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "card": card(device),
         "versions": versions(),
-        "command": shlex.join(["bash", "scripts/gpu.sh", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def when_and_how() -> dict[str, str]:
+    """The command line and the time, which stand in each stage."""
+    command = shlex.join(["bash", "scripts/gpu.sh", *sys.argv[1:]])
+    return {"command": command, "time": time.strftime("%Y-%m-%d %H:%M")}

@@ -35,7 +35,9 @@ def run(
         )
     found = head(machine.device, machine.dry_run)
     name = "dry-run" if machine.dry_run else slug(found["card"]["name"])
-    record = Record(out / f"gpu-{name}.json", found)
+    tracebacks = work / f"failed-{name}.txt"
+    tracebacks.unlink(missing_ok=True)
+    record = Record(out / f"gpu-{name}.json", found, tracebacks=tracebacks)
     installed = ", ".join(f"{package} {version}" for package, version in found["versions"].items() if version)
     print(f"{found['card']['name']}: {found['label']}\n{installed}")
     if other := upstream.other_versions():
@@ -59,5 +61,5 @@ def run(
         with record.stage(training.TITLE, "no limit; about ten minutes more"):
             training.run(machine, record, work, run_cli)
     failures = record.failures
-    print(f"\n{failures} failed.  {record.path}" if failures else f"\n{record.path}")
+    print(f"\n{failures} failed, see {tracebacks}.  {record.path}" if failures else f"\n{record.path}")
     return 1 if failures else 0

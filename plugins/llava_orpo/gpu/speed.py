@@ -249,7 +249,9 @@ class Predictions:
         self._futures: dict[Cell, Future] = {}
         if machine.full and not machine.dry_run:  # 10 to 30 s each: started now, they are there when they are asked for
             limit = torch.cuda.mem_get_info(machine.device)[0]
-            self._pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _without_card)
+            # half of the cores: the card's own process and, in stage 3, dataloader workers need the others
+            workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _without_card)
             self._futures = {cell: self._pool.submit(predict, machine.geometry, cell, "cuda", limit) for cell in CELLS}
 
     def of(self, cell: Cell) -> tuple[dict[str, float], str]:
