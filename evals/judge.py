@@ -56,9 +56,9 @@ def main(argv: list[str]) -> int:
     file, own = command.file, command.own
     from llava_orpo.evaluation import judging
     from llava_orpo.evaluation.answer_pairs import read_answer_pairs
-    from llava_orpo.evaluation.judge_api import ChatClient, EndpointUnusable
     from llava_orpo.evaluation.judge_prompt import CRITERIA
     from llava_orpo.files import evenly, write_json
+    from llava_orpo.serving.client import ChatClient, EndpointUnusable
 
     a, b, pairs = read_answer_pairs(file, own["a"], own["b"])
     if own["max_pairs"]:

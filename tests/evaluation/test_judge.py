@@ -26,8 +26,9 @@ from statsmodels.stats.proportion import proportion_confint
 from helpers.judge_server import JudgeServer, Reply, shown
 from helpers.paths import ROOT
 from llava_orpo.errors import UsageError, UserError
-from llava_orpo.evaluation import answer_pairs, judge_api, judging
+from llava_orpo.evaluation import answer_pairs, judging
 from llava_orpo.evaluation.judge_prompt import parse_verdict
+from llava_orpo.serving import client
 
 EVALS = ROOT / "evals"
 KEY = "sk-secret-0123456789"
@@ -36,8 +37,8 @@ KEY = "sk-secret-0123456789"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Back-off in milliseconds; the key in the environment."""
-    original = judge_api.ChatClient.__init__
-    monkeypatch.setattr(judge_api.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002))
+    original = client.ChatClient.__init__
+    monkeypatch.setattr(client.ChatClient, "__init__", lambda self, *args: original(self, *args, first_wait=0.002))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -197,11 +198,11 @@ def test_retry_after_is_honoured(file):
 
 
 def test_retry_after_forms():
-    assert judge_api.retry_after("2.5") == 2.5
-    assert judge_api.retry_after(None) == judge_api.retry_after("soon") == judge_api.retry_after("-3") == 0
+    assert client.retry_after("2.5") == 2.5
+    assert client.retry_after(None) == client.retry_after("soon") == client.retry_after("-3") == 0
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 27 < judge_api.retry_after(date) <= 30
-    assert judge_api.retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
+    assert 27 < client.retry_after(date) <= 30
+    assert client.retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
 
 
 def test_back_off_doubles(monkeypatch):
@@ -211,17 +212,17 @@ def test_back_off_doubles(monkeypatch):
         pauses.append(seconds)
 
     async def ask(base_url):
-        client = judge_api.ChatClient(base_url, "OPENAI_API_KEY", 5.0, 4)
-        monkeypatch.setattr(judge_api.asyncio, "sleep", sleep)
+        asking = client.ChatClient(base_url, "OPENAI_API_KEY", 5.0, 4)
+        monkeypatch.setattr(client.asyncio, "sleep", sleep)
         try:
-            await client.ask({})
+            await asking.ask({})
         finally:
             monkeypatch.undo()
-            await client.close()
+            await asking.close()
 
-    monkeypatch.setattr(judge_api.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: high)
     with JudgeServer(lambda request, number: Reply("oops", 503)) as server:
-        with pytest.raises(judge_api.RequestFailed, match="after 5 tries.*503"):
+        with pytest.raises(client.RequestFailed, match="after 5 tries.*503"):
             asyncio.run(ask(server.base_url))
     assert pauses == pytest.approx([0.002, 0.004, 0.008, 0.016]) and len(server.requests) == 5
 

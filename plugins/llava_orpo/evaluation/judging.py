@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -21,8 +19,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import whole_lines
+from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, data_url
 from .answer_pairs import AnswerPair, tally, tally_text
-from .judge_api import ChatClient, EndpointUnusable, RequestFailed
 from .judge_prompt import REMINDER, RULES, TASK, parse_verdict
 
 REQUEST = {"temperature": 0, "max_tokens": 512}
@@ -30,7 +28,6 @@ ORDERS = ("ab", "ba")  # which side is shown first
 REMINDERS = 2  # how often a judge is asked again for a verdict that can be read
 GIVE_UP = 10  # after so many failures in a row the endpoint is taken for broken
 ANSWER_TOKENS = 200  # tokens of a short reasoning with its verdict, for the estimate
-SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ async def one_verdict(asking: Asking, pair: AnswerPair, order: str) -> dict[str,
         {"type": "text", "text": TASK.format(question=pair.question, first=first, second=second)}
     ]
     if pair.image:
-        content.insert(0, {"type": "image_url", "image_url": {"url": data_url(pair.image)}})
+        content.insert(0, {"type": "image_url", "image_url": {"url": data_url(pair.image.read_bytes())}})
     messages = [
         {"role": "system", "content": RULES.format(criteria=asking.criteria)},
         {"role": "user", "content": content},
@@ -186,18 +183,6 @@ async def one_verdict(asking: Asking, pair: AnswerPair, order: str) -> dict[str,
     outcome = {"A": order[0], "B": order[1], "tie": "tie", None: None}[verdict]
     said = {"order": order, "verdict": verdict, "outcome": outcome, "text": answer["text"]}
     return {**said, "usage": usage, "tries": tries}
-
-
-def data_url(path: Path) -> str:
-    """The file's own bytes where endpoints know the format, else the picture as PNG."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as opened:
-        kind = SENT_AS_THEY_ARE.get(opened.format)
-        if kind is None:
-            out = io.BytesIO()
-            opened.convert("RGB").save(out, "PNG")
-            kind, data = "png", out.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def summarize(

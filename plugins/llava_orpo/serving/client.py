@@ -1,16 +1,20 @@
-"""Requests to an OpenAI-compatible chat endpoint: time-outs, retries with back-off, a key that is never shown."""
+"""Requests to an OpenAI-compatible server: time-outs, retries with back-off, a key that is never shown."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
+import io
 import os
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from PIL import Image
 
 from ..errors import UserError
 
@@ -19,6 +23,7 @@ HOPELESS = (401, 403, 404)  # the same for every request: wrong key, address or 
 LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
 LONGEST_WAIT = 600.0  # if a server asks for more, the request fails
 LOCAL = ("localhost", "127.0.0.1", "::1")
+SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 
 
 class RequestFailed(Exception):
@@ -30,7 +35,7 @@ class EndpointUnusable(Exception):
 
 
 class ChatClient:
-    """Sends chat requests to `<base_url>/chat/completions`; usable from many tasks of one event loop.
+    """Sends requests to addresses below `base_url`; usable from many tasks of one event loop.
 
     Args:
         base_url: with the version, e.g. http://127.0.0.1:8000/v1. Raises UserError when it carries a password.
@@ -55,7 +60,7 @@ class ChatClient:
             raise UserError(
                 f"The environment variable {api_key_env} is empty; it must hold the key of {parts.hostname}."
             )
-        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.base_url = base_url.rstrip("/")
         self.retries, self.first_wait = retries, first_wait
         self.timeout = timeout
         self._client = httpx.AsyncClient(
@@ -70,18 +75,39 @@ class ChatClient:
         await self._client.aclose()
 
     async def ask(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """{"text": the answer, "usage": the server's token counts or {}, "tries": int}.
+        """{"text": the answer, "usage": the server's token counts or {}, "tries": int} of a chat request.
 
         Raises:
             EndpointUnusable: status 401, 403 or 404.
             RequestFailed: another refusal, or still no answer after all retries.
+        """
+        return await self.request("POST", "/chat/completions", payload, _answer)
+
+    async def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The whole body of a chat completion, as the server wrote it. Raises as `ask`."""
+        return await self.request("POST", "/chat/completions", payload, _chat_body)
+
+    async def models(self) -> list[str]:
+        """The names that the server serves, in its order. Raises as `ask`."""
+        return (await self.request("GET", "/models", None, _models))["models"]
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        read: Callable[[httpx.Response], dict[str, Any] | None],
+    ) -> dict[str, Any]:
+        """What `read` makes of the response to one request, and "tries". path: behind base_url.
+
+        read: gives None for a body that is no answer; then the request is tried again. Raises as `ask`.
         """
         problem = ""
         for tried in range(self.retries + 1):
             pause = min(self.first_wait * 2**tried, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             try:
                 async with asyncio.timeout(self.timeout):  # httpx's own bounds each read, not the whole answer
-                    response = await self._client.post(self.url, json=payload)
+                    response = await self._client.request(method, self.base_url + path, json=payload)
             except (httpx.TransportError, TimeoutError) as error:  # also refused and broken connections
                 problem = f"{type(error).__name__}: {error}"
             else:
@@ -89,9 +115,9 @@ class ChatClient:
                 if response.status_code in HOPELESS:
                     raise EndpointUnusable(self._clean(problem))
                 if response.status_code == 200:
-                    answer = _answer(response)
-                    if answer is not None:
-                        return {**answer, "tries": tried + 1}
+                    found = read(response)
+                    if found is not None:
+                        return {**found, "tries": tried + 1}
                 elif response.status_code not in RETRIED:
                     raise RequestFailed(self._clean(problem))
                 asked = retry_after(response.headers.get("retry-after"))
@@ -108,10 +134,23 @@ class ChatClient:
 
 def _answer(response: httpx.Response) -> dict[str, Any] | None:
     """Text and token counts of a chat completion; None for any other body."""
+    body = _chat_body(response)
+    return body and {"text": body["choices"][0]["message"]["content"] or "", "usage": body.get("usage") or {}}
+
+
+def _chat_body(response: httpx.Response) -> dict[str, Any] | None:
     try:
         body = response.json()
-        return {"text": body["choices"][0]["message"]["content"] or "", "usage": body.get("usage") or {}}
+        body["choices"][0]["message"]["content"]
+        return body
     except (ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _models(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        return {"models": [str(one["id"]) for one in response.json()["data"]]}
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -127,3 +166,14 @@ def retry_after(header: str | None) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:
         return 0.0
+
+
+def data_url(data: bytes) -> str:
+    """An image file as a data: address: its own bytes where servers know the format, else the picture as PNG."""
+    with Image.open(io.BytesIO(data)) as opened:
+        kind = SENT_AS_THEY_ARE.get(opened.format)
+        if kind is None:
+            out = io.BytesIO()
+            opened.convert("RGB").save(out, "PNG")
+            kind, data = "png", out.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
