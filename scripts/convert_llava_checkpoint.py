@@ -51,7 +51,8 @@ def print_table(plan) -> None:
         before, after = weights.shapes[there], plan.shapes[name]
         note = f"  (from {list(before)})" if before != after else ""
         print(f"{there} -> {name} {list(after)}{note}")
-    print(f"{len(plan.names)} tensors, {sum(plan.sizes().values()) / 1e9:.3f} GB, to the {plan.target} layout")
+    size = sum(tensor.nbytes for tensor in plan.planned().values())
+    print(f"{len(plan.names)} tensors, {size / 1e9:.3f} GB, to the {plan.target} layout")
     print("files:", ", ".join(sorted(plan.files)))
 
 

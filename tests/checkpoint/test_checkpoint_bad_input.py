@@ -135,15 +135,15 @@ def test_full_disk_is_seen_before_writing(tmp_path, model, base, monkeypatch):
 def test_failure_while_writing_leaves_what_was_there(tmp_path, model, base, monkeypatch):
     out = save_published(model, tmp_path / "out", base)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    real, calls = checkpoint_files.save_file, []
+    real, calls = checkpoint_files.write_tensors, []
 
-    def disk_fills_up(tensors, file, metadata):
+    def disk_fills_up(file, *more):
         calls.append(file)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        real(tensors, file, metadata=metadata)
+        real(file, *more)
 
-    monkeypatch.setattr(checkpoint_files, "save_file", disk_fills_up)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", disk_fills_up)
     with pytest.raises(OSError, match="No space left"):
         save_published(model, out, base, max_shard_gb=0.0004, overwrite=True)
     assert "out.partial" in str(calls[0])

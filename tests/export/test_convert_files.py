@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, AutoTokenizer
@@ -264,7 +265,7 @@ def test_wrong_sizes_and_unmapped_names(copy, tmp_path):
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint_files.save_file(extra, copy / "extra.safetensors")
+    save_file(extra, copy / "extra.safetensors")
     match = "No place for 2 of the original tensors: model.layers.0.mlp.router.weight, model.vision_resampler"
     refused(copy, match, tmp_path)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .. import progress
 from ..errors import UserError
@@ -44,6 +43,18 @@ COPIED_FILES = (
     "chat_template.jinja",
 )
 COPIED_FOLDERS = ("additional_chat_templates",)
+CODES = {  # torch dtype -> safetensors' name of it
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(UserError):
@@ -241,9 +252,44 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str
     return shards
 
 
+def write_tensors(
+    path: Path,
+    planned: Mapping[str, torch.Tensor],
+    fetch: Callable[[str], torch.Tensor],
+    written: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Writes one .safetensors file with one tensor in memory at a time, byte for byte what safetensors writes.
+
+    safetensors 0.8's own `save_file` wants all tensors of a file at once. Format:
+    https://github.com/huggingface/safetensors#format
+
+    planned: name -> meta tensor of the dtype and shape to come, in the order to fetch them. fetch(name) gives the
+    tensor on the CPU. written is told the bytes of each. Raises CheckpointError if a fetched tensor is not as planned.
+    """
+    names = sorted(planned, key=lambda name: (-planned[name].dtype.itemsize, name))  # what is wider first: aligned
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + planned[name].nbytes
+        shape = list(planned[name].shape)
+        header[name] = {"dtype": CODES[planned[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, wanted in planned.items():
+            tensor = fetch(name)
+            if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+                found, meant = (f"{x.dtype} {tuple(x.shape)}" for x in (tensor, wanted))
+                raise CheckpointError(f"{name} is {found}; {meant} was planned.")
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written(tensor.nbytes)
+
+
 def write_shards(
     folder: Path,
-    sizes: Mapping[str, int],
+    planned: Mapping[str, torch.Tensor],
     fetch: Callable[[str], torch.Tensor],
     max_shard_gb: float,
     what: str = "",
@@ -252,24 +298,18 @@ def write_shards(
 
     Shards are named model-00001-of-0000N.safetensors and have the metadata {'format': 'pt'}.
 
-    sizes: tensor name -> bytes, in writing order. fetch(name) gives the contiguous CPU tensor; one shard is
-    in memory at a time. what: names the progress bar; none is shown without it. Raises CheckpointError if a fetched
-    tensor does not have the size planned for it.
+    planned: tensor name -> meta tensor of its dtype and shape, in the order of the shards. fetch(name) gives the CPU
+    tensor; one is in memory at a time. what: names the progress bar; none is shown without it. Raises CheckpointError
+    if a fetched tensor is not as planned.
     """
+    sizes = {name: tensor.nbytes for name, tensor in planned.items()}
     shards = plan_shards(sizes, int(max_shard_gb * 1e9))
     weight_map = {}
-    with progress.bar(sum(sizes.values()), what, unit="B", unit_scale=True, disable=not what) as written:
+    with progress.bar(sum(sizes.values()), what, unit="B", unit_scale=True, disable=not what) as bar:
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {}
-            for name in names:
-                tensors[name] = fetch(name)
-                if tensors[name].nbytes != sizes[name]:
-                    raise CheckpointError(f"{name} has {tensors[name].nbytes} bytes, {sizes[name]} were planned.")
-                weight_map[name] = file
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            written.update(sum(sizes[name] for name in names))
-            del tensors
+            write_tensors(folder / file, {name: planned[name] for name in names}, fetch, bar.update)
+            weight_map.update(dict.fromkeys(names, file))
     if len(shards) == 1:
         return
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -211,23 +211,18 @@ def save_published(
     max_shard_gb: float = 5.0,
     overwrite: bool = False,
     show_progress: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a whole LLaVA-NeXT model as a folder that plain transformers 5.5 and 5.6 load completely.
 
     model: a LlavaNextForConditionalGeneration with adapters merged, or its (gathered) `state_dict`. base_dir:
     the folder the model came from; its config.json is kept but for the dtype, its processor, tokenizer,
     generation and chat-template files are copied byte for byte. dtype: what to write (default: the model's
-    own). Weights are written shard by shard (at most max_shard_gb, 1e9 bytes each) into '<out_dir>.partial',
-    which is renamed at the end. Returns `out_dir`. Raises CheckpointError before writing: unknown tensors,
-    other shapes than the base's, missing processor files, a filled `out_dir` (unless overwrite), a full disk.
+    own). The rest: see `write_published`. Raises CheckpointError before writing: unknown tensors, other shapes than
+    the base's, and what `write_published` refuses.
     """
-    out_dir, base = Path(out_dir), Path(base_dir)
-    if out_dir.resolve() == base.resolve():
-        raise CheckpointError(f"{out_dir} is the base model's own folder; write the result somewhere else.")
-    config = read_config(base)
-    if "quantization_config" in config:
-        raise CheckpointError(f"{base} is a quantized checkpoint; name the 16-bit base model instead.")
-    files = processor_files(base)
+    base = Path(base_dir)
+    config = read_unquantized_config(base)
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
     names = published_names(name for name in tensors if not RECOMPUTED.search(name))
     if config.get("tie_word_embeddings"):
@@ -241,16 +236,57 @@ def save_published(
         raise CheckpointError(f"The model mixes {some(kinds)}; say which dtype to write.")
     dtype = dtype or kinds.pop()
 
-    sizes = {name: tensors[key].numel() * dtype.itemsize for name, key in sorted(names.items())}
-    needed = sum(sizes.values()) + sum((base / file).stat().st_size for file in files)
+    return write_published(
+        out_dir,
+        base,
+        {name: tuple(tensors[key].shape) for name, key in names.items()},
+        lambda name: tensors[names[name]].detach().to("cpu", dtype).contiguous(),
+        dtype=dtype,
+        max_shard_gb=max_shard_gb,
+        overwrite=overwrite,
+        what=f"writing {Path(out_dir).name}" if show_progress else "",
+        texts=texts,
+    )
+
+
+def read_unquantized_config(base: Path) -> dict:
+    """config.json of a llava_next folder. Raises CheckpointError as `read_config`, and for a quantized checkpoint."""
+    config = read_config(base)
+    if "quantization_config" in config:
+        raise CheckpointError(f"{base} is a quantized checkpoint; name the 16-bit base model instead.")
+    return config
+
+
+def write_published(
+    out_dir: str | Path,
+    base: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fetch: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_gb: float,
+    overwrite: bool,
+    what: str = "",
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes weights beside the small files of their base model, tensor by tensor.
+
+    shapes: published name -> shape of every weight. fetch(name) gives it in `dtype` on the CPU. texts: further files,
+    name -> content. Shards hold at most max_shard_gb (1e9 bytes each). Everything is written into '<out_dir>.partial',
+    which is renamed at the end. what: names the progress bar. Returns `out_dir`. Raises CheckpointError before writing:
+    missing processor files, a filled `out_dir` (unless overwrite), the base's own folder, a full disk.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.resolve() == base.resolve():
+        raise CheckpointError(f"{out_dir} is the base model's own folder; write the result somewhere else.")
+    files = processor_files(base)
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sorted(shapes.items())}
+    needed = sum(tensor.nbytes for tensor in planned.values())
+    needed += sum((base / file).stat().st_size for file in files)
     with fresh_folder(out_dir, needed, overwrite) as partial:
         copy_files(base, files, partial)
         (partial / "config.json").write_bytes(config_with_dtype((base / "config.json").read_bytes(), dtype))
-        write_shards(
-            partial,
-            sizes,
-            lambda name: tensors[names[name]].detach().to("cpu", dtype).contiguous(),
-            max_shard_gb,
-            what=f"writing {out_dir.name}" if show_progress else "",
-        )
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        write_shards(partial, planned, fetch, max_shard_gb, what)
     return out_dir

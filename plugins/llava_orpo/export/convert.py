@@ -46,9 +46,10 @@ class Plan:
     tokenizer: Path  # folder to copy tokenizer.model from, if it has one
     dropped_rows: Callable[[], dict[str, torch.Tensor]] | None  # published name -> rows without a place there
 
-    def sizes(self) -> dict[str, int]:
+    def planned(self) -> dict[str, torch.Tensor]:
+        """Target name -> meta tensor of the dtype and shape to be written."""
         return {
-            name: torch.Size(self.shapes[name]).numel() * weights.dtypes[source].itemsize
+            name: torch.empty(self.shapes[name], dtype=weights.dtypes[source], device="meta")
             for name, (weights, source) in self.names.items()
         }
 
@@ -146,8 +147,8 @@ def convert(source: Path, out: Path, plan: Plan, max_shard_gb: float = 5.0, over
     """Runs a plan: writes `out` beside its place, then renames it. Raises CheckpointError."""
     if out.resolve() == source.resolve():
         raise CheckpointError("The output folder is the source folder; choose another.")
-    sizes = plan.sizes()
-    needed = sum(sizes.values()) + sum(map(len, plan.files.values()))
+    planned = plan.planned()
+    needed = sum(tensor.nbytes for tensor in planned.values()) + sum(map(len, plan.files.values()))
     layout = "original" if plan.target == "llava_next" else "llava_next"
     with fresh_folder(out, needed, overwrite) as partial:
         if (plan.tokenizer / TOKENIZER_MODEL).is_file():
@@ -158,6 +159,6 @@ def convert(source: Path, out: Path, plan: Plan, max_shard_gb: float = 5.0, over
         (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
         if plan.dropped_rows:
             save_file(plan.dropped_rows(), partial / ROWS, metadata={"format": "pt"})
-        write_shards(partial, sizes, plan.read, max_shard_gb, what=f"to {plan.target}")
+        write_shards(partial, planned, plan.read, max_shard_gb, what=f"to {plan.target}")
         if plan.target == "llava_next":
             check_folder(partial)

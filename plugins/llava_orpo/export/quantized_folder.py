@@ -99,7 +99,7 @@ def write_folder(folder: Path, state: dict[str, torch.Tensor], base: Path, schem
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_shards(
         folder,
-        {name: tensor.nbytes for name, tensor in state.items()},
+        {name: tensor.to("meta") for name, tensor in state.items()},
         lambda name: state[name].detach().to("cpu").contiguous(),
         max_shard_gb=5.0,
         what="writing the quantized weights",

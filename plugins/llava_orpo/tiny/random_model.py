@@ -25,7 +25,7 @@ from ..export.original_tokenizer import TOKENIZER_MODEL, tokenizer_json
 from .shapes import GEOMETRIES as GEOMETRIES
 from .shapes import PATCH, Geometry, config, draw
 
-SHARD_GB = 2.0  # a shard is in memory at once
+SHARD_GB = 2.0
 
 
 def tokenizer(folder: Path):
@@ -91,7 +91,8 @@ def write_sharded(
         return draw(name, torch.empty(sizes[name][0], dtype=dtype, device=device), generator).cpu()
 
     write_files(geometry, out, dtype)
-    write_shards(out, {name: size for name, (_, size) in sizes.items()}, fetch, SHARD_GB, "random weights")
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, _) in sizes.items()}
+    write_shards(out, planned, fetch, SHARD_GB, "random weights")
     return out
 
 
