@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
     if own["evaluation"] and not own["evaluation"].is_file():
         raise UsageError(f"{own['evaluation']} does not exist")
-    from llava_orpo.export.model_card import is_stock, make_card, push, sources
+    from llava_orpo.export.model_card import is_stock, make_card, origin_of, push, sources
     from llava_orpo.files import write_atomic
     from llava_orpo.preference.records import read_history
 
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
         history,
         adapter=is_adapter,
         licence=own["licence"],
+        origin=origin_of(target),
     )
     write_atomic(target, card)
     print(target)

@@ -58,6 +58,17 @@ def without_zero_init() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = alive
 
 
+def dtype_to_load(config, files: Sequence[Path]) -> torch.dtype:
+    """The dtype that transformers 5.5.4's `from_pretrained(dtype="auto")` gives every weight of a checkpoint.
+
+    files: its safetensors files; the first is asked where the config names no dtype (modeling_utils.py, _get_dtype).
+    """
+    from transformers import modeling_utils
+
+    names = [str(file) for file in files]
+    return modeling_utils._get_dtype("auto", names, config, None, None, weights_only=True, hf_quantizer=None)[1]
+
+
 def keep_present_layer_names(model: torch.nn.Module) -> None:
     """Takes the names of classes that the model does not have out of `_no_split_modules`, in the model and its parts.
 

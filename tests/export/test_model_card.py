@@ -127,6 +127,9 @@ def test_pushes_the_folder_privately_without_logs_and_checkpoints(run, monkeypat
     calls = []
 
     class Api:
+        def __init__(self, token=None):
+            assert token is None
+
         def create_repo(self, repository, **keys):
             calls.append((repository, keys))
 

@@ -43,13 +43,13 @@ COPIED_FILES = (
     "chat_template.jinja",
 )
 COPIED_FOLDERS = ("additional_chat_templates",)
-CODES = {  # torch dtype -> safetensors' name of it
+CODES = {  # torch dtype -> safetensors' name of it, in the order in which safetensors puts tensors into a file
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -160,6 +160,26 @@ def resolve_model_dir(
     return Path(found)
 
 
+def download_weights(folder: Path, name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
+    """The Hub snapshot of a model with its safetensors weights. folder: that of its small files, the index among them.
+
+    Raises CheckpointError where they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    index = folder / INDEX
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    if all((folder / file).is_file() for file in files):
+        return folder
+    try:
+        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=files)
+    except Exception as error:  # the Hub client raises many kinds; all mean the same to the user
+        raise CheckpointError(
+            f"The weights of {name} cannot be downloaded ({type(error).__name__}: {error})."
+        ) from error
+    return Path(found)
+
+
 def processor_files(base: Path) -> list[Path]:
     """Processor, tokenizer, generation and chat-template files of `base`, relative to it.
 
@@ -266,7 +286,8 @@ def write_tensors(
     planned: name -> meta tensor of the dtype and shape to come, in the order to fetch them. fetch(name) gives the
     tensor on the CPU. written is told the bytes of each. Raises CheckpointError if a fetched tensor is not as planned.
     """
-    names = sorted(planned, key=lambda name: (-planned[name].dtype.itemsize, name))  # what is wider first: aligned
+    order = list(CODES)
+    names = sorted(planned, key=lambda name: (order.index(planned[name].dtype), name))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -285,6 +306,7 @@ def write_tensors(
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written(tensor.nbytes)
+            del tensor  # before the next one is fetched
 
 
 def write_shards(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .. import keys
+from ..checkpoint.adapter import ADAPTER_FILE
 from ..errors import UserError
+from ..files import write_atomic
+from ..preference.records import HISTORY, read_history
 
 # What a dataset's publisher says on its card; for other datasets the licence has to be given with licence=.
 DATA = {
@@ -22,7 +29,8 @@ BASES = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": "LLaMA 2 Community License",
     "llava-hf/llava-v1.6-34b-hf": "Apache 2.0",
 }
-NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.bin", "*.partial", ".*"]
+TRAINED_WITH = "trained_with.yaml"  # in a run's folder: its recipe and where its data is from
+NOT_UPLOADED = ["checkpoint-*", "*.jsonl", "images/*", "*.png", "training_args.bin", "*.partial", ".*", TRAINED_WITH]
 
 
 def is_stock(readme: Path) -> bool:
@@ -58,8 +66,12 @@ def make_card(
     history: list[dict],
     adapter: bool = False,
     licence: str | None = None,
+    origin: str = "",
 ) -> str:
-    """The text of the card. name: the Hub address, or a short name; history: entries of preference_eval.json."""
+    """The text of the card. name: the Hub address, or a short name; history: entries of preference_eval.json.
+
+    origin: the section that says what the weights were made from (`made_from`).
+    """
     base = str(recipe["model_name_or_path"])
     hub_base = not Path(base).exists() and base.count("/") == 1
     known = [DATA[source] for source in data.values() if source in DATA]
@@ -84,6 +96,7 @@ def make_card(
         f"{MADE_BY}\n\n# {name.split('/')[-1]}",
         f"{base} aligned with {method} by {tuning}, on {', '.join(data)}. "
         + ("This is the adapter; it needs the base model." if adapter else "Adapter and base are merged."),
+        *([origin] if origin else []),
         usage(name, adapter, base),
         "## Measured\n\n" + measured(history),
         "## Data and licences\n\n" + licences(base, data, licence),
@@ -96,10 +109,101 @@ def make_card(
     return "\n\n".join(parts) + "\n"
 
 
+def merged_card(name: str, base_name: str, base: Path, adapters: Sequence[str | Path]) -> str:
+    """The card of a model that is about to be written, from what the folders it is made of say.
+
+    base_name: the folder or Hub id of the base, as the user gave it; base: its folder. adapters: PEFT folders, merged
+    one after the other; without any the base itself was trained. Recipe and evaluation are those beside the last one;
+    what is not there is said to be unknown.
+    """
+    trained = Path(adapters[-1]) if adapters else base
+    recipe, history = trained_with(trained), evaluation_of(trained)
+    origin = made_from(base_name, adapters)
+    if recipe is None:
+        shown = short(base_name)
+        head = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-text-to-text"}, sort_keys=False)
+        parts = [
+            f"---\n{head}---",
+            f"{MADE_BY}\n\n# {name.split('/')[-1]}",
+            f"{shown} and what was trained on it, merged. The recipe and the data of the training are not known: "
+            "`python scripts/model_card.py recipe.yaml folder=…` writes them here.",
+            origin,
+            usage(name, False, shown),
+            "## Measured\n\n" + measured(history),
+        ]
+        return "\n\n".join(parts) + "\n"
+    recipe = public({**recipe, "model_name_or_path": base_name if adapters else recipe["model_name_or_path"]})
+    return make_card(name, recipe, "recipe.yaml", data_of(trained), history, origin=origin)
+
+
+def made_from(base_name: str, adapters: Sequence[str | Path]) -> str:
+    """The section that names base and adapters, with the SHA-256 of each adapter's weights."""
+    lines = [f"- Base: {short(base_name)}"]
+    for folder in map(Path, adapters):
+        with (folder / ADAPTER_FILE).open("rb") as file:
+            code = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"- Adapter: {folder.resolve().name}, SHA-256 of {ADAPTER_FILE}: `{code}`")
+    return "## Made from\n\n" + "\n".join(lines)
+
+
+def origin_of(readme: Path) -> str:
+    """The section `made_from` of a card that is about to be written again; "" if it has none."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    found = re.search(r"^## Made from\n\n(?:- .*\n)+", text, re.MULTILINE)
+    return found[0].rstrip() if found else ""
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The file of a run, in its folder or, for one of its checkpoints, in the folder above."""
+    return next((place / name for place in (folder, folder.resolve().parent) if (place / name).is_file()), None)
+
+
+def note_training(folder: str | Path, recipe: dict[str, Any]) -> None:
+    """Writes into a run's folder the recipe, without secrets, and where its data is from, as its registry says now."""
+    registry = Path(str(recipe.get("dataset_dir", "data"))) / "dataset_info.json"
+    try:
+        data = sources(recipe, json.loads(registry.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, UserError):  # LLaMA-Factory takes data that is registered nowhere, too
+        data = {name.strip(): name.strip() for name in str(recipe.get("dataset")).split(",")}
+    kept = {key: value for key, value in recipe.items() if not keys.is_secret(key)}
+    text = yaml.safe_dump({"recipe": kept, "data": data}, sort_keys=False, allow_unicode=True)
+    write_atomic(Path(folder) / TRAINED_WITH, "# What the weights beside this file were trained with.\n" + text)
+
+
+def trained_with(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a training has put into its folder, or None."""
+    file = beside(folder, TRAINED_WITH)
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["recipe"] if file else None
+
+
+def data_of(folder: Path) -> dict[str, str]:
+    """{registered name: Hub id or file} of the data, as the training has noted it."""
+    data = yaml.safe_load(beside(folder, TRAINED_WITH).read_text(encoding="utf-8"))["data"]
+    return {short(name): short(source) for name, source in data.items()}
+
+
+def evaluation_of(folder: Path) -> list[dict]:
+    """The run's evaluations, for a checkpoint those up to its step."""
+    file = beside(folder, HISTORY)
+    history = read_history(file) if file else []
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    return [entry for entry in history if step is None or entry["step"] <= int(step[1])]
+
+
+def short(name: str) -> str:
+    """A Hub id or relative path as it is, the last part of an absolute path."""
+    return Path(name).name if os.path.isabs(name) else name
+
+
 def public(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without secrets, and with absolute paths cut to their last part."""
-    shown = {key: value for key, value in recipe.items() if not keys.is_secret(key)}
-    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in shown.items()}
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        return ",".join(map(short, value.split(","))) if isinstance(value, str) else value
+
+    return {key: cut(value) for key, value in recipe.items() if not keys.is_secret(key)}
 
 
 def usage(name: str, adapter: bool, base: str) -> str:
@@ -168,10 +272,22 @@ def licences(base: str, data: dict[str, str], licence: str | None) -> str:
     return "\n".join(lines)
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads the folder (not its checkpoints, logs and example images); returns the address."""
+def push(
+    folder: str | Path,
+    repository: str,
+    private: bool | None = None,
+    token: str | None = None,
+    keep_card: bool = False,
+) -> str:
+    """Uploads the folder (not its checkpoints, logs and example images); returns the address.
+
+    private: None leaves it to the Hub's default, and nothing changes for a repository that exists. keep_card: a
+    README.md that the repository has already stays.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED))
+    keep = keep_card and api.file_exists(repository, "README.md")
+    ignored = [*NOT_UPLOADED, *(["README.md"] if keep else [])]
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=ignored))

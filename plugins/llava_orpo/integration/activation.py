@@ -55,6 +55,7 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     if other := upstream.other_versions():
         logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")
     run = activate(parsed)
+    run.recipe = dict(args) if isinstance(args, dict) else None
     run.resumes_named = isinstance(checkpoint, str) and checkpoint.lower() != "true"
     if project:  # transformers' own `project` key reaches Trackio only
         run.set_default("WANDB_PROJECT", str(project))

@@ -1,18 +1,13 @@
-"""Model and processor: the replacements for quantization, tiles, export and chat. See `swaps.SWAPS`."""
+"""Model and processor: the replacements for quantization, tiles, dtypes and chat. See `swaps.SWAPS`."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Iterable
-from unittest import mock
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 
-from ..checkpoint.adapter import check_adapter
-from ..checkpoint.files import check_output, resolve_model_dir
-from ..checkpoint.published import save_published
 from ..data.anyres import AnyresGeometry, processor_geometry
 from .run import UNSET, current
 
@@ -110,55 +105,6 @@ def name_dtype(config, dtype: torch.dtype) -> None:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype
-
-
-def published_export(original):
-    """Replaces llamafactory.train.tuner.load_model, which `llamafactory-cli export` calls.
-
-    The model that export gets saves itself in published names.
-    """
-
-    @functools.wraps(original)
-    def load_model(tokenizer, model_args, finetuning_args, *args, **kwargs):
-        if model_args.export_dir is None or model_args.export_quantization_bit is not None:
-            return original(tokenizer, model_args, finetuning_args, *args, **kwargs)
-        base = resolve_model_dir(
-            model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.hf_hub_token
-        )
-        overwrite = current().arguments.overwrite_export_dir
-        check_output(model_args.export_dir, overwrite)
-        for path in model_args.adapter_name_or_path or []:
-            check_adapter(path, base)
-        merge = functools.partialmethod(BaseTuner.merge_and_unload, progressbar=True)  # else silent for minutes
-        with mock.patch.object(BaseTuner, "merge_and_unload", merge):
-            model = original(tokenizer, model_args, finetuning_args, *args, **kwargs)
-
-        def save_pretrained(save_directory, max_shard_size="5GB", **_):
-            gigabytes = float(str(max_shard_size).removesuffix("GB"))
-            save_published(model, save_directory, base, max_shard_gb=gigabytes, overwrite=overwrite, show_progress=True)
-
-        model.save_pretrained = save_pretrained
-        return model
-
-    return load_model
-
-
-def untouched_tokenizer_files(original):
-    """Replaces llamafactory.train.tuner.load_tokenizer.
-
-    Export must not rewrite the base model's processor files, which `save_published` copies byte by byte.
-    """
-
-    @functools.wraps(original)
-    def load_tokenizer(model_args):
-        module = original(model_args)
-        if model_args.export_dir is not None and model_args.export_quantization_bit is None:
-            for part in module.values():
-                if part is not None:
-                    part.save_pretrained = lambda *args, **kwargs: None
-        return module
-
-    return load_tokenizer
 
 
 def unedited_answers(original):

@@ -21,6 +21,7 @@ class Run:
     skipped        rows left out so far, as skipped_rows.jsonl lists them, out of `considered` rows
     shared_prefix  whether the shared-prefix step runs: the key, and no reason against it (`training.workflow.check`)
     precision      the dtype of bf16, fp16 or pure_bf16; None where the recipe has none; unset until a model is loaded
+    recipe         all keys as they were given, in a recipe file or as a dict; None for keys in flags
     resumes_named  whether the recipe names its checkpoint: LLaMA-Factory fills in the newest one where it does not
     """
 
@@ -32,6 +33,7 @@ class Run:
     shared_prefix: bool = True
     precision: Any = UNSET
     resumes_named: bool = False
+    recipe: dict[str, Any] | None = None
 
     def set_default(self, variable: str, value: str) -> None:
         """Sets an environment variable for this recipe, unless the user has set it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import data, model, training
+from . import data, export, model, training
 
 # (module, name, maker of the replacement): the places where 0.9.5 has no extension point
 SWAPS = (
@@ -22,8 +22,8 @@ SWAPS = (
     # frozen weights in the dtype that the recipe asks for, not in the checkpoint's
     ("llamafactory.model.loader", "init_adapter", model.one_dtype),
     # published tensor names and the base model's own processor files on export
-    ("llamafactory.train.tuner", "load_model", model.published_export),
-    ("llamafactory.train.tuner", "load_tokenizer", model.untouched_tokenizer_files),
+    ("llamafactory.train.tuner", "load_model", export.published_export),
+    ("llamafactory.train.tuner", "load_tokenizer", export.untouched_tokenizer_files),
     # chat, webchat and api give answers as the model wrote them
     ("llamafactory.chat.hf_engine", "load_tokenizer", model.unedited_answers),
 )

@@ -23,6 +23,7 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push, create_r
 from .. import upstream
 from ..data.skipped import report_skipped, summarize_skipped
 from ..errors import hide_tracebacks_of_foreseen_errors
+from ..export.model_card import note_training
 from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
@@ -67,6 +68,8 @@ def run_dpo(run: Run, model_args, data_args, training_args, finetuning_args, cal
         with told_what_to_do(trainer):
             if training_args.do_train:
                 _train(trainer, request, training_args, finetuning_args)
+                if run.recipe and trainer.is_world_process_zero():
+                    note_training(training_args.output_dir, run.recipe)
                 if request.number is not None:  # it came after the last step
                     request.end(f"Stopped by {request.name} {request.phase}.")
             if training_args.do_eval:
