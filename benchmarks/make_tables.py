@@ -15,6 +15,7 @@ from pathlib import Path
 import data_side
 import eval_speed
 import measure
+import merge
 import orpo_step
 import peers
 import setting
@@ -205,6 +206,7 @@ def page(folder: Path) -> str:
         "## Evaluation": ("eval_*.json", eval_speed.show),
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
         "## Images from an Arrow copy and from parquet": ("storage.json", storage.show),
+        "## Merging an adapter": ("merge_*.json", merge.show),
         "## From start to first step": ("starts_*.json", starts.show),
         "## Whole runs against other toolkits": ("peers_*.json", peers.show),
     }

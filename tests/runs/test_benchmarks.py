@@ -91,6 +91,15 @@ def test_storage(smoke):
 
 
 @pytest.mark.heavy
+def test_merge(smoke):
+    result = smoke("merge.py", "merge")
+    has(result, "geometry", "weights_bytes", "sides", "ratios")
+    assert result["same_files"] is True
+    for side in result["sides"].values():
+        assert side["seconds"] > 0 and side["peak_bytes"] > side["peak_own_bytes"] > side["own_before_bytes"] > 1e8
+
+
+@pytest.mark.heavy
 def test_starts(smoke):
     result = smoke("starts.py", "starts")
     has(result, "rows", "sides")
