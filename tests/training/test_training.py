@@ -270,6 +270,11 @@ def test_export_is_published_and_equals_base_plus_adapter(tmp_path, method):
         again = run_cli("export", path, check=False)
         assert again.returncode != 0 and "already holds files" in again.stderr
         run_cli("export", path, "overwrite_export_dir=true")
+        card = (merged / "README.md").read_text(encoding="utf-8")
+        trained = yaml.safe_load((tmp_path / "out" / "trained_with.yaml").read_text(encoding="utf-8"))
+        assert trained["data"] == {"rows": "rows.parquet"} and trained["recipe"]["max_steps"] == 3
+        assert "max_steps: 3" in card and "SHA-256 of adapter_model.safetensors: `" in card
+        assert str(tmp_path) not in card and str(base.parent) not in card
 
     from safetensors import safe_open
 
