@@ -11,6 +11,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+import yaml
 
 from helpers.paths import ROOT
 from helpers.recipes import build_trainer, photo_rows, random_model, run_cli, step, write_recipe, write_rows
@@ -377,7 +378,6 @@ def test_plain_llamafactory_recipe_still_runs(tmp_path):
 
 def test_every_recipe_has_a_header_and_known_keys():
     """Each recipe says what it does, its command, hardware and result; every key is LLaMA-Factory's or the plugin's."""
-    import yaml
     from llamafactory.hparams.parser import _INFER_ARGS, _TRAIN_ARGS
 
     from llava_orpo.arguments import PLUGIN_KEYS
