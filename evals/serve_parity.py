@@ -1,4 +1,4 @@
-"""Does a server say what transformers says? Prompts, greedy answers and log-probs of held-out pairs, and why they differ.
+"""Does a server say what transformers says? Prompts, answers and log-probs of held-out pairs, and why they differ.
 
     python evals/serve_parity.py recipes/llava16_orpo_qlora.yaml reference=outputs/llava16_orpo_merged \\
         base_url=http://127.0.0.1:8000/v1
@@ -7,8 +7,8 @@
 
 Takes a recipe and overrides like llamafactory-cli, and any OpenAI-compatible server that accepts images: vLLM
 (scripts/serve.sh), `llamafactory-cli api`, llama-server, SGLang. The pairs are those of the recipe's eval_dataset. The
-reference is the recipe's model, not quantized to 4 bits unless quantization_bit is given here, in the recipe's precision
-(float32 on a CPU). Own keys:
+reference is the recipe's model in the recipe's precision (bf16=true, bf16=false), and not quantized to 4 bits unless
+quantization_bit is given here. Own keys:
 
     base_url        the server, with /v1
     model           its name there (default: the only one)
@@ -21,10 +21,10 @@ reference is the recipe's model, not quantized to 4 bits unless quantization_bit
     output_dir      where to write (default outputs/evals/<reference>-served)
     restart         true: ask again what an interrupted run has asked
 
-Prompt token counts and answers are compared on every server, prompt ids and log-probs where it returns them (vLLM;
-SGLang's log-probs by its documentation, not run). The log-probs also give the served model's preference accuracy, by the
-code of evals/preference.py. Writes serve_parity.json and, with log-probs, preference_pairs.jsonl. The exit code is 1 if
-anything differs. An interrupted run resumes where it stopped.
+Prompt token counts and greedy answers are compared on every server, prompt ids and log-probs where it returns them
+(vLLM; SGLang's log-probs by its documentation, not run). They also give the served model's preference accuracy, by the
+code of evals/preference.py. Writes serve_parity.json and, with log-probs, preference_pairs.jsonl. The exit code
+is 1 if anything differs. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -82,7 +82,10 @@ def as_meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_overrides(words: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
-    """One sentence for each of `words` that is not written `key=value`, or that gives away a secret not in `secrets`."""
+    """One sentence for each of `words` that is not written `key=value`, or that gives away a secret.
+
+    secrets: keys that may give one away.
+    """
     found = [f"Overrides are written key=value; got {word}." for word in words if not word.partition("=")[1]]
     for key, _, value in (word.partition("=") for word in words):
         if keys.is_secret(key) and value and key not in secrets:

@@ -1,6 +1,7 @@
-"""Why a server's prompts, answers or log-probs differ from the reference's: each possible cause is computed and compared.
+"""Why a server's prompts, answers or log-probs differ from the reference's.
 
-A cause is named only if it explains every observation; what none explains is shown as it is.
+Each possible cause is computed and compared with what was seen. A cause is named only if it explains every observation;
+what none explains is shown as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .reference import Row
 
 EXIF_ORIENTATION = 0x0112
 MISSING_BOS = "the BOS token is missing: its chat template holds none and the server adds none (scripts/serve.sh does)"
+OTHER_PROMPT = "the prompt differs"
 SHOWN = 40  # characters
 
 
@@ -132,8 +134,8 @@ def _image_counts(pairs: Iterable[tuple[int, int]]) -> list[str]:
     if all(got <= 1 for got, _ in other):
         return [f"the image is not seen: {len(other)} of {len(pairs)} prompts hold no image tokens"]
     return [
-        f"{len(other)} of {len(pairs)} images have another number of tokens ({got} instead of {want}, for one): the image "
-        "reaches the model in another size, or its tiles, line ends or padding are laid out otherwise"
+        f"{len(other)} of {len(pairs)} images have another number of tokens ({got} instead of {want}, for one): the "
+        "image reaches the model in another size, or its tiles, line ends or padding are laid out otherwise"
     ]
 
 
@@ -156,15 +158,14 @@ def image_cause(data: bytes | None) -> str:
     return ""
 
 
-def answer_cause(row: Row, record: dict[str, Any], prompt_differs: bool, gap: float | None, close: float) -> str:
-    """Why an answer differs. gap: see `reference.gap_where_they_part`; close: a gap that rounding can turn round."""
+def answer_cause(
+    row: Row, record: dict[str, Any], ours: str, prompt_differs: bool, gap: float | None, close: float
+) -> str:
+    """Why an answer differs from `ours`. gap: see `reference.gap_where_they_part`; close: a gap that rounding can turn round."""
     if prompt_differs:
-        return "its prompt differs"
-    if record["finish"] == "length":
-        return "the server cut it at its limit of tokens"
+        return OTHER_PROMPT
+    if record["finish"] == "length" and ours.startswith(record["answer"]):
+        return "the server cut them at its limit of tokens"
     if gap is not None and abs(gap) <= close:
-        return f"a tie within rounding: where they part, the two tokens' log-probs are {abs(gap):.2g} nats apart"
-    if cause := image_cause(row.image):
-        return cause
-    told = "" if gap is None else f" (where they part, transformers finds its own token {gap:.2g} nats more likely)"
-    return f"the same prompt, other log-probs: other weights or image features{told}"
+        return f"a tie within rounding: where they part, the two tokens are less than {close:g} nats apart"
+    return image_cause(row.image) or "the same prompt, but other log-probs: other weights or image features"

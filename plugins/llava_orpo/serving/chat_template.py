@@ -65,8 +65,11 @@ def served_template(folder: str | Path) -> tuple[str, str]:
             messages, chat_template=template, add_generation_prompt=opened, tokenize=False, **variables
         )
 
-    # What the processor does with a rendered text, but for the image, whose placeholder is one token in both.
-    wanted = [tokenizer(render(own, *probe)).input_ids for probe in PROBES]
+    def as_the_processor_does(text: str) -> list[int]:
+        """But for the image, whose placeholder is one token here: no second BOS before a template's own."""
+        return tokenizer(text, add_special_tokens=not text.startswith(tokenizer.bos_token or "\0")).input_ids
+
+    wanted = [as_the_processor_does(render(own, *probe)) for probe in PROBES]
     wrong = ""
     for front in FRONTS:
         found = [tokenizer(render(front + own, *probe), add_special_tokens=False).input_ids for probe in PROBES]

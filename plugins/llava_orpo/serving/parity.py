@@ -1,5 +1,7 @@
-"""Whether a server says what transformers says: prompts, greedy answers, log-probs and preference accuracy of a recipe's
-held-out pairs, and the cause where something differs."""
+"""Whether a server says what transformers says, and the cause where it does not.
+
+Compared are prompts, greedy answers, log-probs and the preference accuracy of a recipe's held-out pairs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import asyncio
 import hashlib
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +21,20 @@ from ..evaluation.session import Session, open_session
 from ..files import evenly, write_json
 from ..preference import metrics
 from ..preference.records import PAIRS, ScoredPair, write_pairs
+from ..recipe import with_model
 from . import causes
 from .asked import ANSWER, SIDES, Abilities, Asked
 from .client import ChatClient, EndpointUnusable, RequestFailed
-from .reference import Reference, Row, gap_where_they_part, read_rows, token_logps, without_adapter
+from .reference import Reference, Row, gap_where_they_part, projector_state, read_rows, token_logps, with_projector
 
 REPORT = "serve_parity.json"
 # Worst difference of a token's log-prob, in nats, that counts as equal. float32: rounding is some 1e-5. 16 bits: two
 # exact implementations differ by some 0.1 where a token is unlikely.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-LEFT_OUT = {
-    "multi_modal_projector": "the projector's part of the adapter is left out (vLLM needs --enable-tower-connector-lora)",
-    "": "the adapter is not applied: the name may be the base model's",
-}
+NOT_APPLIED = (
+    "the adapter is not applied: model= names the base model, or the server has the adapter under another name"
+)
+WITHOUT_PROJECTOR = "the projector's part of the adapter is left out (vLLM: --enable-tower-connector-lora)"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def check(recipe: dict[str, Any], endpoint: Endpoint, folder: Path, max_rows: in
             reference = Reference(session, folder, max_new_tokens)
             reference.compute(rows)
             report = compare(session, rows, abilities, records, reference.found, tolerance)
+    if recipe.get("adapter_name_or_path") and report["logps"] and not report["logps"]["equal"]:
+        report["causes"] += adapter_causes(recipe, folder, rows, records, report["tolerance"])
     report["unreadable_images"] = bad
     report["base_url"], report["model"] = endpoint.base_url, abilities.model
     report["reference"]["model"] = recipe.get("adapter_name_or_path") or recipe["model_name_or_path"]
@@ -179,7 +185,7 @@ def compare(
         abilities.text_ids,
     )
     logps = _compare_logps(rows, records, reference, tolerance) if abilities.logps else None
-    lines, close = [], max(10 * tolerance, 1e-3) if precision.startswith("float32") else tolerance
+    lines = []
     for row in rows:
         record, ours = answers[row.position], reference[row.position]
         ids, count = record["prompt_ids"], record["prompt_tokens"]
@@ -198,29 +204,23 @@ def compare(
             line["worst_logp_difference"] = logps["worst_of_row"][row.position]
         if not line["answers_equal"]:
             differs = line["prompt_ids_equal"] is False or (count is not None and count != len(row.prompt_ids))
-            gap = (
-                gap_where_they_part(session, row, ours["answer"], record["answer"])
-                if session.model and not differs
-                else None
-            )
-            line["why"] = causes.answer_cause(row, record, differs, gap, close)
+            if session.model and not differs:
+                line["gap"] = gap_where_they_part(session, row, ours["answer"], record["answer"])
+            line["why"] = causes.answer_cause(row, record, ours["answer"], differs, line.get("gap"), tolerance)
         lines.append(line)
-    found += sorted(
-        {f"answers: {line['why']}" for line in lines if "why" in line and line["why"] != "its prompt differs"}
-    )
+    why = Counter(line["why"] for line in lines if "why" in line)
+    found += [f"{count} answers: {cause}" for cause, count in why.most_common() if cause != causes.OTHER_PROMPT]
     if logps and not logps["equal"] and session.model:
-        found += _adapter_causes(session, rows, records, tolerance)
         found += sorted({cause for row in rows if (cause := causes.image_cause(row.image))
                          and logps["worst_of_row"][row.position] > tolerance} - set(found))  # fmt: skip
-    counts = [line["prompt_tokens"][0] for line in lines if line["prompt_tokens"][0] is not None]
+    told = [line["prompt_tokens"] for line in lines if line["prompt_tokens"][0] is not None]
+    counts = [there == right for there, right in told]
     ids = [line["prompt_ids_equal"] for line in lines if line["prompt_ids_equal"] is not None]
     report = {
         "n": len(rows),
         "reference": {"precision": precision, "transformers": importlib.metadata.version("transformers")},
         "server": {"kind": abilities.kind, "prompt_ids": abilities.ids, "logps": abilities.logps},
-        "prompt_counts_equal": sum(line["prompt_tokens"][0] == line["prompt_tokens"][1] for line in lines)
-        if counts
-        else None,
+        "prompt_counts_equal": sum(counts) if counts else None,
         "prompt_ids_equal": sum(ids) if ids else None,
         "answers_equal": sum(line["answers_equal"] for line in lines),
         "tolerance": tolerance,
@@ -311,20 +311,27 @@ def _accuracy(session: Session, rows, records, reference) -> dict[str, Any]:
     }
 
 
-def _adapter_causes(session: Session, rows, records, tolerance) -> list[str]:
-    """Whether the log-probs are those of the model with a part of its adapter off."""
+def adapter_causes(
+    recipe: dict[str, Any], folder: Path, rows: Sequence[Row], records: Mapping, tolerance: float
+) -> list[str]:
+    """Whether the log-probs are those of the base model, or of its projector with the rest of the adapter.
+
+    LLaMA-Factory merges an adapter that is not trained, so both are computed from the base model. One model is in
+    memory at a time.
+    """
     row = max(rows, key=lambda row: len(row.answer_ids["chosen"]))
-    theirs = records["chosen", row.position]["logps"]
-    if theirs is None:
-        return []
-    for part, cause in LEFT_OUT.items():
-        with without_adapter(session, part) as there:
-            if not there:
-                continue
-            ours = token_logps(session, row, row.answer_ids["chosen"])
-        if max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= tolerance:
-            return [cause]
-    return []
+    answer, theirs = row.answer_ids["chosen"], records["chosen", row.position]["logps"]
+
+    def equal(session: Session) -> bool:
+        ours = token_logps(session, row, answer)
+        return theirs is not None and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= tolerance
+
+    with open_session(with_model(recipe, "base"), str(folder), need_rows=False) as base:
+        if equal(base):
+            return [NOT_APPLIED]
+        state = projector_state(base)
+    with open_session(recipe, str(folder), need_rows=False) as session, with_projector(session, state):
+        return [WITHOUT_PROJECTOR] if equal(session) else []
 
 
 def _rate(records: Sequence[Mapping[str, Any]], at_a_time: int) -> float | None:
@@ -351,8 +358,8 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     if logps and logps["tokens"]:
         lines.append(
-            f"  {'log-probs':<22}worst token {logps['worst']:.2g}, mean {logps['mean']:.2g} nats off, {logps['tokens']} "
-            f"tokens of {logps['answers']} answers (tolerance {report['tolerance']:g})"
+            f"  {'log-probs':<22}worst token {logps['worst']:.2g}, mean {logps['mean']:.2g} nats off, "
+            f"{logps['tokens']} tokens of {logps['answers']} answers (tolerance {report['tolerance']:g})"
         )
     else:
         lines.append(f"  {'log-probs':<22}not told by this server")
@@ -364,7 +371,8 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"  {'preference accuracy':<22}{shown[0]}, transformers {shown[1]}, {accuracy['n']} pairs")
     if server["tokens_per_second"]:
         lines.append(
-            f"  {'tokens per second':<22}{server['tokens_per_second']:.0f}, transformers {ours['tokens_per_second']:.0f}"
+            f"  {'tokens per second':<22}{server['tokens_per_second']:.0f}, "
+            f"transformers {ours['tokens_per_second']:.0f}"
         )
     lines += [f"  why: {cause}" for cause in report["causes"]]
     lines.append("  equal" if report["equal"] else "  DIFFERENT")

@@ -162,17 +162,18 @@ def gap_where_they_part(session: Session, row: Row, ours: str, theirs: str) -> f
 
 
 @contextmanager
-def without_adapter(session: Session, part: str) -> Iterator[bool]:
-    """Inside, the adapter's layers whose name holds `part` are off. Gives whether there are any."""
-    layers = [
-        module
-        for name, module in unwrap(session.model).named_modules()
-        if hasattr(module, "lora_A") and hasattr(module, "enable_adapters") and part in name
-    ]
-    for layer in layers:
-        layer.enable_adapters(False)
+def with_projector(session: Session, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the model's projector has the weights `state`."""
+    projector = unwrap(session.model).model.multi_modal_projector
+    own = projector_state(session)
+    projector.load_state_dict(state)
     try:
-        yield bool(layers)
+        yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        projector.load_state_dict(own)
+
+
+def projector_state(session: Session) -> dict[str, torch.Tensor]:
+    """A copy of the projector's weights, on the CPU."""
+    state = unwrap(session.model).model.multi_modal_projector.state_dict()
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}

@@ -240,7 +240,7 @@ def choose_key(given: str | None, variable: str | None) -> tuple[str, bool]:
 
 
 def write_template(served: Served, folder: Path) -> Path:
-    """The file with the chat template, below the environment's own folder: named by its content, so it never changes."""
+    """The file with the chat template, in the environment's folder: named by its content, so it never changes."""
     text = served.template.encode()
     path = folder / "chat_templates" / f"{hashlib.sha256(text).hexdigest()[:16]}.jinja"
     if not path.is_file():
@@ -283,7 +283,7 @@ def command(served: Served, host: str, port: int, template: Path, more: Mapping[
 
 
 def environment(served: Served, key: str) -> dict[str, str]:
-    """The server's environment. The key is there and not on the command line, which every user of a machine can read."""
+    """The server's environment, with the key: every user of a machine can read command lines."""
     env = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
     env.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to vLLM's makers
     if served.device == "cpu":
