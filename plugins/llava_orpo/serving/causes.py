@@ -161,7 +161,10 @@ def image_cause(data: bytes | None) -> str:
 def answer_cause(
     row: Row, record: dict[str, Any], ours: str, prompt_differs: bool, gap: float | None, close: float
 ) -> str:
-    """Why an answer differs from `ours`. gap: see `reference.gap_where_they_part`; close: a gap that rounding can turn round."""
+    """Why an answer differs from `ours`.
+
+    gap: see `reference.gap_where_they_part`; close: a gap that rounding can turn round.
+    """
     if prompt_differs:
         return OTHER_PROMPT
     if record["finish"] == "length" and ours.startswith(record["answer"]):

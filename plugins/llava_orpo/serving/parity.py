@@ -28,9 +28,13 @@ from .client import ChatClient, EndpointUnusable, RequestFailed
 from .reference import Reference, Row, gap_where_they_part, projector_state, read_rows, token_logps, with_projector
 
 REPORT = "serve_parity.json"
-# Worst difference of a token's log-prob, in nats, that counts as equal. float32: rounding is some 1e-5. 16 bits: two
-# exact implementations differ by some 0.1 where a token is unlikely.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+# Worst difference of a token's log-prob, in nats, that counts as equal. In float32 2e-5 was measured over 15,824
+# tokens; between float32 and bfloat16 0.05 over 816.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+ROUNDING = (
+    "log-probs: off by no more than rounding to 16 bits makes them: the server may compute in another precision than "
+    "the reference (tolerance= says what counts as equal)"
+)
 NOT_APPLIED = (
     "the adapter is not applied: model= names the base model, or the server has the adapter under another name"
 )
@@ -88,7 +92,12 @@ def check(recipe: dict[str, Any], endpoint: Endpoint, folder: Path, max_rows: in
             reference = Reference(session, folder, max_new_tokens)
             reference.compute(rows)
             report = compare(session, rows, abilities, records, reference.found, tolerance)
-    if recipe.get("adapter_name_or_path") and report["logps"] and not report["logps"]["equal"]:
+    if (
+        recipe.get("adapter_name_or_path")
+        and report["logps"]
+        and report["logps"]["worst"]
+        and not report["logps"]["equal"]
+    ):
         report["causes"] += adapter_causes(recipe, folder, rows, records, report["tolerance"])
     report["unreadable_images"] = bad
     report["base_url"], report["model"] = endpoint.base_url, abilities.model
@@ -229,6 +238,13 @@ def compare(
         "causes": list(dict.fromkeys(found)),
         "rows": lines,
     }
+    if (
+        logps
+        and not report["causes"]
+        and not logps["equal"]
+        and tolerance < (logps["worst"] or 0) < TOLERANCE["bfloat16"]
+    ):
+        report["causes"].append(ROUNDING)
     n, accuracy = len(rows), report["accuracy"]
     report["equal"] = (
         report["prompt_counts_equal"] in (None, n)

@@ -92,6 +92,10 @@ def plan(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype={dtype}: it must be one of {', '.join(DTYPES)}.")
     text, own_dtype = _text_config(config)
+    if "quantization_config" in config and "float32" in (dtype, own_dtype):
+        if dtype == "float32":  # found out at the first request: "cpu_gemm_wna16" not implemented for 'Float'
+            raise UsageError("dtype=float32: vLLM's 4-bit kernels compute in 16 bits; leave dtype= out, or bfloat16.")
+        own_dtype = "bfloat16"
     longest = text.max_position_embeddings
     if max_model_len is not None and not 0 < max_model_len <= longest:
         raise UsageError(f"max_model_len={max_model_len}: it must be between 1 and the model's {longest}.")
