@@ -197,7 +197,8 @@ def folders():
     """The quickstart's tiny models and their GPTQ and AWQ forms; the environment of scripts/serve.sh."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "venv-serve.lock"):
-        run("bash", "scripts/quickstart.sh")
+        if not all((TINY / part).is_dir() for part in ("model", "merged", "orpo_qlora", "data")):
+            run("bash", "scripts/quickstart.sh")
         for method in ("gptq", "awq"):
             if not (TINY / method).exists():
                 words = ["--method", method, "--model", TINY / "merged", "--data", "demo_train", "--out", TINY / method]
