@@ -28,6 +28,10 @@ REMOTE_CODE = (
 )
 # With which words of `recompute` these keys of LLaMA-Factory agree.
 CHECKPOINTING = {"disable_gradient_checkpointing": ("none", "0", "auto"), "gradient_checkpointing": ("all", "auto")}
+VLLM_BACKEND = (
+    "infer_backend: vllm is not taken: LLaMA-Factory 0.9.5 wants vllm 0.11 at most, which this environment has not; "
+    "serve through vLLM itself (bash scripts/serve.sh, docs/serving.md), or set `infer_backend: huggingface`."
+)
 NEEDED = {"export": ("model_name_or_path", "export_dir")}
 
 
@@ -256,6 +260,10 @@ def _remote_code(key: str, recipe: Mapping[str, Any]) -> list[str]:
     return [REMOTE_CODE]
 
 
+def _infer_backend(key: str, recipe: Mapping[str, Any]) -> list[str]:
+    return [VLLM_BACKEND] if recipe[key] == "vllm" else []
+
+
 CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "model_name_or_path": _model,
     "adapter_name_or_path": _adapters,
@@ -272,5 +280,6 @@ CHECKS: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "pure_bf16": _precision,
     "fp16": _precision,
     "recompute": _recompute,
+    "infer_backend": _infer_backend,
     "trust_remote_code": _remote_code,
 }

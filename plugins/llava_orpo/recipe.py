@@ -81,11 +81,14 @@ def as_meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: keys.as_meant(value, known[key]) if key in known else value for key, value in recipe.items()}
 
 
-def check_overrides(words: Sequence[str]) -> list[str]:
-    """One sentence for each of `words` that is not written `key=value`, or that gives away a secret."""
+def check_overrides(words: Sequence[str], secrets: Collection[str] = ()) -> list[str]:
+    """One sentence for each of `words` that is not written `key=value`, or that gives away a secret.
+
+    secrets: keys that may give one away.
+    """
     found = [f"Overrides are written key=value; got {word}." for word in words if not word.partition("=")[1]]
     for key, _, value in (word.partition("=") for word in words):
-        if keys.is_secret(key) and value:
+        if keys.is_secret(key) and value and key not in secrets:
             found.append(
                 f"{key}: a secret on a command line is seen by every user of this machine, and W&B keeps the command; "
                 "set it as a variable (HF_TOKEN, WANDB_API_KEY) or in a recipe that only you can read."
@@ -124,6 +127,8 @@ def read_command(
     uses: Collection[str] = MODEL_AND_PAIRS,
     old: Mapping[str, str] | None = None,
     refuse: bool = True,
+    must_exist: bool = True,
+    secrets: Collection[str] = (),
 ) -> Command:
     """The command line `recipe.yaml key=value …` of a command, checked.
 
@@ -132,7 +137,8 @@ def read_command(
     recipe keys whose files and datasets must exist. file: what the first word names; if that is another file than a
     recipe, or a folder, `recipe` is empty and only own keys are taken. old: spellings that still work, with one note on
     stderr: {"--aligned": "aligned"}, {"--recipe": THE_FILE, A_WORD: "folder"}. refuse: False leaves the recipe's own
-    problems to the caller.
+    problems to the caller. must_exist: False for a first word that may be a Hub id. secrets: own keys that may be given
+    although every user of the machine sees a command line.
 
     Raises SystemExit after the help, and UsageError with one sentence per problem for anything that is wrong.
     """
@@ -148,9 +154,9 @@ def read_command(
             "(-h shows the help)."
         )
     path, overrides = Path(words[0]), words[1:]
-    if wrong := check_overrides(overrides):
+    if wrong := check_overrides(overrides, secrets):
         raise UsageError(*wrong)
-    given = load(path, overrides) if takes_recipe else _load_own(path, overrides)
+    given = load(path, overrides) if takes_recipe else _load_own(path, overrides, must_exist)
     own = {
         key: keys.as_meant(given.pop(key), schemas[key]) if key in given else _default(value)
         for key, value in own_keys.items()
@@ -233,10 +239,10 @@ def _read_overrides(words: Sequence[str]) -> Any:
     return OmegaConf.from_cli(list(words))
 
 
-def _load_own(path: Path, overrides: list[str]) -> dict[str, Any]:
+def _load_own(path: Path, overrides: list[str], must_exist: bool) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    if not path.exists():
+    if must_exist and not path.exists():
         raise UsageError(f"There is no {path}.")
     return OmegaConf.to_container(_read_overrides(overrides))
 
