@@ -48,14 +48,17 @@ TRAINING_ONLY = (
 
 @dataclass
 class Session:
-    """A loaded recipe. `rows` are tokenized pairs (see `data.pairs.PairProcessor`), `arguments` the plugin's keys."""
+    """A loaded recipe. `rows` are tokenized pairs (see `data.pairs.PairProcessor`), `arguments` the plugin's keys.
 
-    model: torch.nn.Module
+    model, collator: None where a server holds the model (`open_session` with need_model=False).
+    """
+
+    model: torch.nn.Module | None
     tokenizer: Any
     processor: Any
     template: Any
     rows: Any
-    collator: SharedPrefixCollator
+    collator: SharedPrefixCollator | None
     arguments: Any
     recipe: dict[str, Any]
     beta: float
@@ -74,6 +77,11 @@ class Session:
     @property
     def device(self) -> torch.device:
         return next(p.device for p in self.model.parameters())
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that is repeated for every image token; known without the model."""
+        return self.tokenizer.convert_tokens_to_ids(self.template.mm_plugin.image_token)
 
     @property
     def batch_size(self) -> int:
@@ -98,8 +106,10 @@ class Session:
         return {"logps": chosen_first([self.forward(part).sums for part in parts_of(batch)])}
 
 
-def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True) -> Session:
+def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True, need_model: bool = True) -> Session:
     """Loads model, processor and the recipe's `eval_dataset`. Training keys of the recipe are ignored.
+
+    need_model: False reads no weights, for answers that a server gives; config, tokenizer and processor are still read.
 
     Raises UserError when the recipe names no eval_dataset, and whatever loading raises.
     """
@@ -129,14 +139,17 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
     rows = None
     if need_rows:
         rows = workflow.read_rows(running, template, module, model_args, data_args, training_args)["eval_dataset"]
-    model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
-    if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
-        model.to(training_args.device)
-    prepare(model, training_args.device, running.arguments.attention_backend, running.arguments.cudnn_attention)
-    collator = SharedPrefixCollator.of(processor, model, running.arguments)
+    model = collator = None
+    if need_model:
+        model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+        if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
+            model.to(training_args.device)
+        prepare(model, training_args.device, running.arguments.attention_backend, running.arguments.cudnn_attention)
+        model.eval()
+        collator = SharedPrefixCollator.of(processor, model, running.arguments)
     autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     return Session(
-        model.eval(),
+        model,
         tokenizer,
         processor,
         template,

@@ -14,8 +14,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from PIL import Image
+from PIL import ExifTags, Image
 
+from ..data import images
 from ..errors import UserError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -24,6 +25,7 @@ LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
 LONGEST_WAIT = 600.0  # if a server asks for more, the request fails
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of which every reader makes the same RGB
 
 
 class RequestFailed(Exception):
@@ -177,3 +179,23 @@ def data_url(data: bytes) -> str:
             opened.convert("RGB").save(out, "PNG")
             kind, data = "png", out.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def exact_data_url(data: bytes) -> str:
+    """An image as a data: address from which every server makes the picture that training saw.
+
+    The file's own bytes, except where servers read a file in another way than LLaVA does (see `data.images`): vLLM
+    turns it as EXIF says and lays transparent pixels on white (multimodal/media/image.py), and 16-bit grey is clipped.
+    Then the decoded picture is sent as PNG.
+
+    Raises data.images.ImageError when the image cannot be decoded.
+    """
+    picture = images.decode_rgb(data)
+    with Image.open(io.BytesIO(data)) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        plain = opened.mode in PLAIN_MODES and "transparency" not in opened.info
+    if plain and not turned:
+        return data_url(data)
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
