@@ -51,9 +51,14 @@ class Server:
     def refuses(self, error: Exception) -> UserError:
         """What the user is told when no request can succeed."""
         return UserError(
-            f"{self.base_url} does not answer: {' '.join(str(error).split())} Check base_url, the model's name and "
+            f"{self.base_url} does not answer: {one_line(error)} Check base_url, the model's name and "
             f"the key in {self.api_key_env}. Answers that came are kept; the same command asks for the others."
         )
+
+
+def one_line(error: Exception) -> str:
+    """What a server said, as a sentence."""
+    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 def names_on(server: Server, wanted: Sequence[str]) -> list[str]:
@@ -77,11 +82,9 @@ async def _served(server: Server) -> list[str]:
     client = server.client(GREETING_RETRIES)
     try:
         return await client.models()
-    except EndpointUnusable as error:
-        if str(error).startswith("status 404"):  # a server without a list of models
-            return []
-        raise server.refuses(error) from None
-    except RequestFailed as error:
+    except (EndpointUnusable, RequestFailed) as error:
+        if str(error).startswith("status ") and not str(error).startswith(("status 401", "status 403")):
+            return []  # a server without a list of models
         raise server.refuses(error) from None
     finally:
         await client.close()
@@ -258,7 +261,7 @@ async def settle(client: ChatClient, name: str, question: str, url: str | None, 
         if url is not None and await plain_text() is not None:
             raise UserError(
                 f"{name} on {client.base_url} answers text but refuses an image: it needs a model with its vision "
-                f"part. The server says: {' '.join(str(error).split())}"
+                f"part. The server says: {one_line(error)}"
             ) from None
         raise EndpointUnusable(str(error)) from None
     if not there or there == right:
