@@ -175,7 +175,7 @@ class Asker:
                 url = await picture_of(row)
             except (images.ImageError, OSError):
                 continue
-            self.extra = await settle(self.client, self.name, row["question"], url, self.prompt_tokens(row))
+            self.extra, _ = await settle(self.client, self.name, row["question"], url, self.prompt_tokens(row))
             break
         return self
 
@@ -237,8 +237,12 @@ def messages(question: str, url: str | None, answer: str | None = None) -> list[
     return chat if answer is None else [*chat, {"role": "assistant", "content": answer}]
 
 
-async def settle(client: ChatClient, name: str, question: str, url: str | None, right: int) -> dict[str, Any]:
-    """The request fields with which the server's prompt has `right` tokens; {} where none are needed or none help.
+async def settle(
+    client: ChatClient, name: str, question: str, url: str | None, right: int
+) -> tuple[dict[str, Any], int | None]:
+    """(request fields, the number of tokens that the server's prompt has with them), which is `right` if possible.
+
+    The fields are {} where none are needed or none help; the number is None where the server does not tell it.
 
     vLLM tokenizes a rendered chat without special tokens, and the checkpoint's template has no BOS in it; a server with
     another template has it twice if they are asked for. So the count decides.
@@ -265,13 +269,13 @@ async def settle(client: ChatClient, name: str, question: str, url: str | None, 
             ) from None
         raise EndpointUnusable(str(error)) from None
     if not there or there == right:
-        return {}
+        return {}, there
     with contextlib.suppress(RequestFailed):  # a server that refuses fields it does not know
         if await count(url, add_special_tokens=True) == right:
-            return {"add_special_tokens": True}
+            return {"add_special_tokens": True}, right
     if url is not None and there == await plain_text():
         raise UserError(
             f"{name} on {client.base_url} does not see the image: its prompt has {there} tokens with the image and "
             f"without it, where the recipe's has {right}. Serve the model with its vision part."
         )
-    return {}
+    return {}, there

@@ -6,10 +6,11 @@ import asyncio
 import base64
 import email.utils
 import io
+import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -199,3 +200,38 @@ def exact_data_url(data: bytes) -> str:
     out = io.BytesIO()
     picture.save(out, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+async def stream_text(client: ChatClient, payload: dict[str, Any]) -> AsyncGenerator[str, None]:
+    """The pieces of a chat answer as the server writes them. Nothing is tried again; closing it ends the request.
+
+    Raises EndpointUnusable and RequestFailed as `ChatClient.ask`, and RequestFailed when the server stops midway.
+    """
+    address, whole = client.base_url + "/chat/completions", False
+    try:
+        async with client._client.stream("POST", address, json={**payload, "stream": True}) as response:
+            if response.status_code != 200:
+                await response.aread()
+                problem = client._clean(f"status {response.status_code}: {response.text[:300]}")
+                raise EndpointUnusable(problem) if response.status_code in HOPELESS else RequestFailed(problem)
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                choice = _chunk(data)
+                whole = whole or bool(choice.get("finish_reason"))
+                if piece := (choice.get("delta") or {}).get("content"):
+                    yield piece
+    except httpx.TransportError as error:
+        raise RequestFailed(client._clean(f"{type(error).__name__}: {error}")) from None
+    if not whole:
+        raise RequestFailed("the stream ended before the answer was whole")
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    """The choice in one event of a stream; {} for one without, such as the token counts at the end."""
+    try:
+        body = json.loads(data)
+        return body["choices"][0] if body["choices"] else {}
+    except (ValueError, KeyError, TypeError):
+        raise RequestFailed(f"the stream holds {data[:200]!r}") from None
