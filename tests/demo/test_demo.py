@@ -7,8 +7,10 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import ask
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import demo
+from helpers.paths import ROOT
 from helpers.recipes import photo_rows, random_model, recipe, write_rows
 from helpers.serving import accepts, free_port, picture, png, random_adapter, server
 from llava_orpo.checkpoint.files import CheckpointError
@@ -426,3 +429,63 @@ def test_demo_listens_on_this_machine_only(address):
     port = int(address.rsplit(":", 1)[1])
     assert accepts("127.0.0.1", port)
     assert not accepts("127.0.0.2", port)
+
+
+# --- against a server -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm(folder, tmp_path_factory):
+    """(base_url, [base, aligned]) of vLLM on this machine with the same base and adapter, not merged."""
+    subprocess.run(["bash", "scripts/serve.sh", "-h"], cwd=ROOT, check=True, timeout=1800)  # makes its environment
+    port = free_port()
+    command = ["bash", "scripts/serve.sh", str(random_model()), f"adapter={folder / 'adapter'}", f"port={port}"]
+    log = tmp_path_factory.mktemp("log") / "vllm.txt"
+    with server([*command, "api_key=none", "dtype=float32"], port, log):
+        base_url = f"http://127.0.0.1:{port}/v1"
+        with urllib.request.urlopen(f"{base_url}/models", timeout=60) as response:
+            yield base_url, [model["id"] for model in json.load(response)["data"]]
+
+
+@pytest.fixture(scope="module")
+def served_address(folder, vllm, tmp_path_factory):
+    """The demo in front of it, started as in its docstring."""
+    port, (base_url, (base, aligned)) = free_port(), vllm
+    command = [sys.executable, "scripts/demo.py", str(folder / "recipe.yaml"), f"base_url={base_url}", f"port={port}"]
+    command += [f"base_model={base}", f"aligned_model={aligned}", f"max_new_tokens={TOKENS}"]
+    with server(command, port, tmp_path_factory.mktemp("log") / "served-demo.txt"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_browser_against_vllm_several_users_at_once(browser, served_address, references, candidates):
+    images = [picture(180, 120, seed=seed) for seed in range(4)]
+    pages = []
+    for image in images:
+        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.set_default_timeout(90_000)
+        page.goto(served_address, wait_until="domcontentloaded")
+        page.wait_for_selector("#ask")
+        upload(page, "boat.png", png(image))
+        page.wait_for_selector("#picture img")
+        fill(page, "Question", QUESTION)
+        pages.append(page)
+    for page in pages:
+        page.click("#ask")
+    for page, image in zip(pages, images, strict=True):
+        page.wait_for_function("document.querySelectorAll('.answer[data-state=done] .said').length == 2")
+        said = page.eval_on_selector_all(".answer[data-state=done] .said", "all => all.map((p) => p.textContent)")
+        assert said == [ask.answer(*reference, image, QUESTION, TOKENS) for reference in references]
+    page, image = pages[0], images[0]
+    page.get_by_role("tab", name="Compare two answers").click()
+    fill(page, "Answer A", "A red boat.")
+    fill(page, "Answer B", "Two cats on a bench.")
+    page.click("#judge")
+    page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
+    for role, candidate in zip(("base", "aligned"), candidates, strict=True):
+        expected = models.compare(candidate, png(image), QUESTION, "A red boat.", "Two cats on a bench.")
+        margin = float(page.locator(f".{role}[data-margin]").get_attribute("data-margin"))
+        assert margin == pytest.approx(expected.margin, abs=2e-5) and margin != 0
+    for page in pages:
+        page.context.close()
