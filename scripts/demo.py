@@ -3,6 +3,8 @@
     python scripts/demo.py recipes/llava16_orpo_qlora.yaml aligned=outputs/llava16_orpo_qlora
     python scripts/demo.py recipes/tiny/llava16_orpo_qlora.yaml aligned=outputs/tiny/orpo_qlora \\
         examples=outputs/tiny/data/demo_heldout.parquet
+    python scripts/demo.py recipes/llava16_orpo_qlora.yaml base_url=http://127.0.0.1:8000/v1 \\
+        base_model=llava-v1.6-mistral-7b-hf aligned_model=llava16_orpo_qlora
 
 Takes a recipe and overrides like llamafactory-cli: model, precision and prompt are the recipe's. Serves only
 http://127.0.0.1:7860 unless told otherwise. Own keys:
@@ -14,16 +16,27 @@ http://127.0.0.1:7860 unless told otherwise. Own keys:
     host            127.0.0.1; 0.0.0.0 lets other machines in
     port            7860
     share           true: also open a public address through gradio.live
+
+With base_url= an OpenAI-compatible server (scripts/serve.sh with adapter=) answers for both models instead, several
+requests at a time; no weights are loaded here, and `aligned` is not given:
+
+    base_url        the server's address, with /v1
+    base_model, aligned_model      the two served names
+    api_key_env     name of the environment variable with the key (default OPENAI_API_KEY)
+    concurrency     requests at a time (8)
+    timeout         seconds for one answer (120)
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
-from llava_orpo.recipe import MODEL, read_command, run
+from llava_orpo.errors import UsageError
+from llava_orpo.recipe import MODEL, Command, read_command, run
 
 OWN_KEYS = {
     "aligned": str,
@@ -33,23 +46,40 @@ OWN_KEYS = {
     "host": "127.0.0.1",
     "port": 7860,
     "share": False,
+    "base_url": str,
+    "base_model": str,
+    "aligned_model": str,
+    "api_key_env": "OPENAI_API_KEY",
+    "concurrency": 8,
+    "timeout": 120.0,
 }
-OLD_FLAGS = {f"--{key.replace('_', '-')}": key for key in OWN_KEYS}
+SERVER_KEYS = ("base_model", "aligned_model", "api_key_env", "concurrency", "timeout")
+OLD_FLAGS = {f"--{key.replace('_', '-')}": key for key in OWN_KEYS if key not in ("base_url", *SERVER_KEYS)}
 
 
 def main(argv: list[str]) -> int:
-    command = read_command(__doc__, argv, OWN_KEYS, required=("aligned",), uses=MODEL, old=OLD_FLAGS)
+    command = read_command(__doc__, argv, OWN_KEYS, uses=MODEL, old=OLD_FLAGS)
     own = command.own
+    check(command)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", "The '.*' parameter in", DeprecationWarning)  # 5.50 announces Gradio 6
     from llava_orpo.demo.models import load_candidates
     from llava_orpo.demo.page import build, read_examples
+    from llava_orpo.demo.served import load_served
+    from llava_orpo.evaluation.served import Server
 
     with tempfile.TemporaryDirectory(prefix="llava-orpo-demo-") as scratch:
         examples = read_examples(own["examples"], 12, Path(scratch)) if own["examples"] else []
-        candidates = load_candidates(command.recipe, own["aligned"], scratch)
+        if own["base_url"]:
+            server = Server(own["base_url"], own["api_key_env"], own["concurrency"], own["timeout"], retries=2)
+            names = own["base_model"], own["aligned_model"]
+            candidates, warned = load_served(command.recipe, server, *names, scratch)
+            for sentence in warned:
+                print(f"warning: {sentence}", file=sys.stderr)
+        else:
+            candidates = load_candidates(command.recipe, own["aligned"], scratch)
         build(candidates, examples, own["max_new_tokens"]).launch(
             server_name=own["host"],
             server_port=own["port"],
@@ -60,6 +90,19 @@ def main(argv: list[str]) -> int:
             allowed_paths=[scratch],
         )
     return 0
+
+
+def check(command: Command) -> None:
+    """Raises UsageError unless either the aligned model is named, or a server and its two names."""
+    own = command.own
+    if own["base_url"]:
+        wrong = [f"{key}= is missing: the served name." for key in ("base_model", "aligned_model") if not own[key]]
+        wrong += ["aligned= and base_url= are given; one of them says where the models are."] if own["aligned"] else []
+    else:
+        wrong = [] if own["aligned"] else ["aligned= is missing (-h shows the help)."]
+        wrong += [f"{key}= is about a server, and base_url= is missing." for key in SERVER_KEYS if command.given(key)]
+    if wrong:
+        raise UsageError(*wrong)
 
 
 if __name__ == "__main__":

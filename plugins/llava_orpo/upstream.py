@@ -334,3 +334,53 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.random.set_rng_state(state["cuda"])
+
+
+def http_with_deadline(seconds: float, body: bytes) -> type:
+    """uvicorn's HTTP protocol, on whose connections the head of a request must be whole after some seconds.
+
+    Later it is answered with status 408 and `body`, JSON, and the connection is closed. uvicorn 0.54 lets a client that
+    sends a head byte by byte, or nothing at all, stay connected for ever (protocols/http/h11_impl.py); between two
+    requests of a connection its own timeout_keep_alive holds.
+    """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    head = "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    late = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+    class Protocol(H11Protocol):
+        deadline = None
+
+        def connection_made(self, transport) -> None:
+            super().connection_made(transport)
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.watch()
+
+        def connection_lost(self, exc) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+            super().connection_lost(exc)
+
+        def watch(self) -> None:
+            """Starts the clock where a head has begun, or nothing ever came; stops it where a head is whole."""
+            begun = self.cycle is None or bool(self.conn.trailing_data[0])
+            if self.conn.their_state is h11.IDLE and begun:
+                self.deadline = self.deadline or self.loop.call_later(seconds, self.too_late)
+            elif self.deadline is not None:
+                self.deadline.cancel()
+                self.deadline = None
+
+        def too_late(self) -> None:
+            if not self.transport.is_closing():
+                self.transport.write(late)
+                self.transport.close()
+
+    return Protocol

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,13 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import demo
-from helpers.recipes import photo_rows, random_model, recipe, write_rows
+from helpers.paths import ROOT
+from helpers.recipes import SMALL, photo_rows, random_model, recipe, write_rows
 from helpers.serving import accepts, free_port, picture, png, random_adapter, server
 from llava_orpo.checkpoint.files import CheckpointError
 from llava_orpo.data import images
 from llava_orpo.demo import cards, models
 from llava_orpo.demo.page import read_examples
 from llava_orpo.evaluation import resume
+from llava_orpo.tiny import random_model as random_llava
 
 pytestmark = pytest.mark.xdist_group("demo")  # one server for all of them
 
@@ -426,3 +430,78 @@ def test_demo_listens_on_this_machine_only(address):
     port = int(address.rsplit(":", 1)[1])
     assert accepts("127.0.0.1", port)
     assert not accepts("127.0.0.2", port)
+
+
+# --- against a server -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A folder with model, adapter and recipe. vLLM's attention on a CPU takes no heads of 16, which `SMALL` has."""
+    folder = tmp_path_factory.mktemp("wide")
+    random_llava.write(dataclasses.replace(SMALL, text=(64, 128, 2, 2, 1)), folder / "model")
+    random_adapter(folder / "model", folder / "adapter")
+    keys = recipe(folder, {"model_name_or_path": str(folder / "model"), "finetuning_type": "lora"})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm(wide, tmp_path_factory):
+    """(base_url, [base, aligned]) of vLLM on this machine with base and adapter, which is not merged."""
+    subprocess.run(["bash", "scripts/serve.sh", "-h"], cwd=ROOT, check=True, timeout=1800)  # makes its environment
+    port = free_port()
+    command = ["bash", "scripts/serve.sh", str(wide / "model"), f"adapter={wide / 'adapter'}", f"port={port}"]
+    log = tmp_path_factory.mktemp("log") / "vllm.txt"
+    with server([*command, "api_key=none", "dtype=float32"], port, log):
+        yield f"http://127.0.0.1:{port}/v1", ["model", "adapter"]
+
+
+@pytest.fixture(scope="module")
+def served_address(wide, vllm, tmp_path_factory):
+    """The demo in front of it, started as in its docstring."""
+    port, (base_url, (base, aligned)) = free_port(), vllm
+    command = [sys.executable, "scripts/demo.py", str(wide / "recipe.yaml"), f"base_url={base_url}", f"port={port}"]
+    command += [f"base_model={base}", f"aligned_model={aligned}", f"max_new_tokens={TOKENS}"]
+    with server(command, port, tmp_path_factory.mktemp("log") / "served-demo.txt"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_browser_against_vllm_several_users_at_once(browser, wide, served_address):
+    candidates = models.load_candidates(
+        yaml.safe_load((wide / "recipe.yaml").read_text()), str(wide / "adapter"), str(wide / "out")
+    )
+    images = [picture(180, 120, seed=seed) for seed in range(4)]
+    expected = [[whole(candidate, png(image)) for candidate in candidates] for image in images]
+    assert len({text for pair in expected for text in pair}) > 4, "an exchange of answers would show"
+    pages = []
+    for image in images:
+        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.set_default_timeout(90_000)
+        page.goto(served_address, wait_until="domcontentloaded")
+        page.wait_for_selector("#ask")
+        upload(page, "boat.png", png(image))
+        page.wait_for_selector("#picture img")
+        fill(page, "Question", QUESTION)
+        pages.append(page)
+    for page in pages:
+        page.click("#ask")
+    for page, texts in zip(pages, expected, strict=True):
+        page.wait_for_function("document.querySelectorAll('.answer[data-state=done] .said').length == 2")
+        said = page.eval_on_selector_all(".answer[data-state=done] .said", "all => all.map((p) => p.textContent)")
+        assert said == texts
+    page, image = pages[0], png(images[0])
+    a, b = "A red boat.", "Two cats on a bench."
+    page.get_by_role("tab", name="Compare two answers").click()
+    fill(page, "Answer A", a)
+    fill(page, "Answer B", b)
+    page.click("#judge")
+    page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
+    for role, candidate in zip(("base", "aligned"), candidates, strict=True):
+        margin = float(page.locator(f".{role}[data-margin]").get_attribute("data-margin"))
+        assert margin == pytest.approx(models.compare(candidate, image, QUESTION, a, b).margin, abs=2e-5)
+        assert margin != 0
+    for page in pages:
+        page.context.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -22,15 +22,25 @@ class Reply:
 
 
 class JudgeServer:
-    """`behave(request, number)` gives the Reply; `requests` keeps (body, headers, seconds since start)."""
+    """`behave(request, number)` gives the Reply; `requests` keeps (body, headers, seconds since start).
 
-    def __init__(self, behave: Callable[[dict, int], Reply]):
+    models: the names that the server lists; it has no list without them.
+    """
+
+    def __init__(self, behave: Callable[[dict, int], Reply], models: Sequence[str] = ()):
         self.requests: list[tuple[dict, dict, float]] = []
         self.at_once = self.most_at_once = 0
         lock, start = threading.Lock(), time.monotonic()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                data = json.dumps({"data": [{"id": name} for name in models]}).encode()
+                self.send_response(200 if models and self.path == "/v1/models" else 404)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ask
+import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from helpers.paths import ROOT
 from helpers.recipes import random_model
-from helpers.serving import accepts, free_port, image_part, picture, post, random_adapter, server
+from helpers.serving import accepts, free_port, image_part, picture, png, post, random_adapter, server
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
 TOKENS = 16
 QUESTION = 'What is in <the> picture, and where is "</s>"?'
+CLIENT_SECONDS = 6  # that a request may take to arrive
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CLI = str(Path(sys.executable).parent / "llamafactory-cli")
 
 
@@ -29,13 +39,28 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    """The URL of the tiny recipe's API on a random model, started without API_HOST."""
+def started(tmp_path_factory):
+    """(URL, process) of the tiny recipe's API on a random model, started without API_HOST."""
     port = free_port()
     recipe = [CLI, "api", "recipes/tiny/llava16_chat.yaml", f"model_name_or_path={random_model()}"]
     log = tmp_path_factory.mktemp("api") / "log.txt"
-    with server([*recipe, f"max_new_tokens={TOKENS}"], port, log, API_PORT=str(port)):
-        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    variables = {"API_PORT": str(port), "API_CLIENT_TIMEOUT": str(CLIENT_SECONDS)}
+    with server([*recipe, f"max_new_tokens={TOKENS}"], port, log, **variables) as process:
+        yield f"http://127.0.0.1:{port}/v1/chat/completions", process
+
+
+@pytest.fixture(scope="module")
+def api(started):
+    return started[0]
+
+
+@pytest.fixture(scope="module")
+def api_process(started):
+    return started[1]
+
+
+def connection(api: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", urlsplit(api).port), timeout=120)
 
 
 def say(api: str, messages: list[dict], **keys) -> dict:
@@ -94,15 +119,116 @@ def test_api_keeps_the_image_in_a_longer_conversation(api, reference):
     assert text_of(completion) == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
-def test_api_survives_what_it_cannot_serve(api, reference):
-    two = [image_part(picture(30, 30)), image_part(picture(30, 30)), {"type": "text", "text": "Compare."}]
-    broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}]
-    for content in (two, broken):
-        with pytest.raises(urllib.error.HTTPError):
-            say(api, [{"role": "user", "content": content}])
-    markers = say(api, [{"role": "user", "content": QUESTION}])
-    assert text_of(markers), "special-token literals in a question are text"
-    assert text_of(say(api, [{"role": "user", "content": "Hello"}])) == ask.answer(*reference, None, "Hello", TOKENS)
+def refused(api: str, body: dict | bytes, **headers: str) -> tuple[int, str]:
+    """(status, message) of a request that is refused with an error in OpenAI's form."""
+    data = body if isinstance(body, bytes) else json.dumps({"model": "llava", **body}).encode()
+    request = urllib.request.Request(api, data, {"Content-Type": "application/json", **headers})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=120)
+    error = json.loads(caught.value.read())["error"]
+    assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
+    return caught.value.code, error["message"]
+
+
+def user(*parts, **message) -> dict:
+    return {"messages": [{"role": "user", "content": list(parts), **message}]}
+
+
+def image_address(data: bytes, kind: str = "image/png") -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def goes_on(api: str, reference) -> None:
+    said = say(api, [{"role": "user", "content": "Hello"}])
+    assert text_of(said) == ask.answer(*reference, None, "Hello", TOKENS)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kB."""
+    out = io.BytesIO()
+    Image.new("1", (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_api_refuses_what_it_cannot_serve_and_goes_on(api, reference):
+    image, words = image_part(picture(30, 30)), {"type": "text", "text": "Compare."}
+    whole = png(picture(300, 200))
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]
+    video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}
+    cases = [
+        (user(image, image, words), 400, "one image per conversation; the request has 2"),
+        (user(image, image, words) | {"stream": True}, 400, "one image per conversation"),
+        ({"messages": [*turns, *user(image)["messages"]]}, 400, "first message of the user"),
+        ({"messages": turns}, 400, "alternate"),
+        (user(words, role="tool"), 400, "alternate"),
+        ({"messages": []}, 400, "alternate"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "no content"),
+        (user(video), 400, "takes no other"),
+        (user(words) | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tool calls"),
+        (user(words) | {"temperature": -1}, 400, "temperature=-1"),
+        (user(image_address(b"hello")), 400, "cannot be read"),
+        (user(image_address(whole[: len(whole) // 2])), 400, "cannot be read"),
+        (user(image_address(whole, "text/html")), 400, "data:image/png"),
+        (user({"type": "image_url", "image_url": {"url": "data:image/png;base64,a%"}}), 400, "not base64"),
+        (user({"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}), 400, "private"),
+        (user({"type": "image_url", "image_url": {"url": "/etc/passwd"}}), 400, "file path"),
+        (user(image_address(bomb(10_000, 6_000))), 413, "10000x6000 pixels; the limit is 50 megapixels"),
+        (user(image_address(bomb(40_000, 40_000))), 400, "cannot be read"),
+        (user(image_address(bytes(11 * 2**20))), 413, "larger than 10 MB"),
+        (b'{"messages": ' + b"[" * 200_000, 400, "not JSON"),
+        ({"messages": [{"role": "nobody", "content": "Hello"}]}, 400, "alternate"),
+        ({"messages": "Hello"}, 422, "messages: "),
+    ]
+    for body, status, words in cases:
+        code, message = refused(api, body)
+        assert code == status and words in message, (message, body)
+    assert text_of(say(api, [{"role": "user", "content": QUESTION}])), "special-token literals in a question are text"
+    goes_on(api, reference)
+
+
+def test_api_takes_webp(api, reference):
+    out = io.BytesIO()
+    picture(120, 90).save(out, "WEBP", lossless=True)
+    said = say(api, user(image_address(out.getvalue(), "image/webp"), {"type": "text", "text": "Where?"})["messages"])
+    assert text_of(said) == ask.answer(*reference, picture(120, 90), "Where?", TOKENS)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_api_refuses_a_large_body_without_keeping_it(api, api_process, reference, chunked):
+    process, most = psutil.Process(api_process.pid), 0
+    before = process.memory_info().rss
+    piece = bytes(2**20)
+    with connection(api) as client:
+        length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (100 * len(piece))
+        client.sendall(HEAD + length + b"\r\n\r\n")
+        for _ in range(100):
+            client.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+            most = max(most, process.memory_info().rss - before)
+        client.sendall(b"0\r\n\r\n" if chunked else b"")
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "The request is larger than 20 MB."
+    assert most < (60 if chunked else 20) * 2**20, "the limit, and what growing it takes; nothing where the head tells"
+    goes_on(api, reference)
+
+
+def test_slow_clients_stop_nobody_and_are_sent_away(api, reference):
+    started = time.monotonic()
+    beginnings = [b"", b"POST /v1/chat/comp", HEAD, HEAD + b"Content-Length: 5000\r\n\r\n", b"GET / HTTP/1.1\r\nA: "]
+    clients = [connection(api) for _ in range(50)]
+    for number, client in enumerate(clients):
+        client.sendall(beginnings[number % len(beginnings)])
+    goes_on(api, reference)
+    if time.monotonic() - started < CLIENT_SECONDS / 2:  # one more byte buys no time
+        for client in clients[1::5]:
+            client.sendall(b"l")
+    for client in clients:
+        answer = b"".join(iter(lambda client=client: client.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 408 "), answer
+        assert b"was not whole after" in answer
+        client.close()
+    assert time.monotonic() - started < 60
+    goes_on(api, reference)
 
 
 def test_api_listens_on_this_machine_only(api):

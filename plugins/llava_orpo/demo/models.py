@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -39,10 +40,19 @@ class Candidate:
     label: str
     session: Session
     adapter: bool | None = None
+    at_once = 1  # requests: this process computes them itself
 
     def chosen(self) -> AbstractContextManager:
         """The model as this candidate, while the context lasts. The caller must hold the device's lock."""
         return self.session.model.disable_adapter() if self.adapter is False else nullcontext()
+
+    def stream_answer(self, image: bytes, question: str, max_new_tokens: int) -> Iterator[str]:
+        """See `stream_answer`."""
+        return stream_answer(self, image, question, max_new_tokens)
+
+    def compare(self, image: bytes, question: str, a: str, b: str) -> Comparison:
+        """See `compare`."""
+        return compare(self, image, question, a, b)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ def encode(session: Session, image: bytes, question: str) -> tuple[list[int], Im
     conversation = session.template.conversation
     ids = conversation.encode_prompt(session.tokenizer, question, has_image=True)
     count = processor_geometry(session.processor).num_image_tokens(*images.header_size(image))
-    return expand_image_token(ids, session.collator.image_token_id, count), images.decode_rgb(image)
+    return expand_image_token(ids, session.image_token_id, count), images.decode_rgb(image)
 
 
 class _Stop(StoppingCriteria):
@@ -151,12 +161,11 @@ def stream_answer(candidate: Candidate, image: bytes, question: str, max_new_tok
         raise errors[0]
 
 
-def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -> Comparison:
-    """Scores both answers in one forward behind the shared prompt; the numbers are those of `evals/preference.py`.
+def encode_answers(session: Session, image: bytes, question: str, a: str, b: str) -> dict[str, Any]:
+    """The pair as a row of `data.pairs.PairProcessor`, with a as the chosen answer and b as the rejected one.
 
     Raises ValueError for equal answers and for what the recipe's cutoff_len would cut.
     """
-    session = candidate.session
     if a == b:
         raise ValueError("The two answers are the same text.")
     conversation = session.template.conversation
@@ -166,7 +175,7 @@ def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -
     total = len(prompt_ids) - 1 + count + max(map(len, responses))
     if total > (limit := int(session.recipe.get("cutoff_len", 2048))):
         raise ValueError(f"Question, image and answer have {total} tokens; the recipe's cutoff_len is {limit}.")
-    row = {
+    return {
         "pair_id": "demo",
         "image": image,
         "image_hash": "demo",
@@ -177,6 +186,15 @@ def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -
         "rejected_ids": responses[1],
         "num_image_tokens": count,
     }
+
+
+def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -> Comparison:
+    """Scores both answers in one forward behind the shared prompt; the numbers are those of `evals/preference.py`.
+
+    Raises ValueError as `encode_answers`.
+    """
+    session = candidate.session
+    row = encode_answers(session, image, question, a, b)
     batch = session.collator([row])
     if batch["bad_images"]:
         raise images.ImageError(f"The image is damaged: {batch['bad_images'][0][1]}")
@@ -184,6 +202,7 @@ def compare(candidate: Candidate, image: bytes, question: str, a: str, b: str) -
     with _DEVICE, candidate.chosen():
         scored = session.forward(batch)
     logps = token_logps(scored.logits[0], scored.packed.targets).split(scored.packed.response_lengths)
+    responses = row["chosen_ids"], row["rejected_ids"]
     answers = [
         ScoredAnswer(tuple(readable(session.tokenizer, ids, values.tolist())), total, len(ids))
         for ids, values, total in zip(responses, logps, scored.sums.double().tolist(), strict=True)

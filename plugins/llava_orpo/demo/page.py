@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from ..data.images import ImageError, content_hash
 from . import cards
-from .models import Candidate, compare, read_image, stream_answer
+from .models import Candidate, read_image
+from .served import ServedCandidate
 
 MAX_QUESTION, MAX_ANSWER = 2000, 4000  # characters
 WAITING_USERS = 32
@@ -21,8 +22,9 @@ FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "s
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 
 
-def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new_tokens: int) -> gr.Blocks:
-    """The page. examples: each {"image": path, "question", "chosen", "rejected"}."""
+def build(candidates: tuple[Candidate | ServedCandidate, ...], examples: list[dict], max_new_tokens: int) -> gr.Blocks:
+    """The page. candidates: (base, aligned). examples: each {"image": path, "question", "chosen", "rejected"}."""
+    at_once = min(candidate.at_once for candidate in candidates)
     labels = [candidate.label for candidate in candidates]
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", radius_size="lg", font=list(FONTS), font_mono=list(MONO)
@@ -38,7 +40,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             image, question = checked(path, question)
             said = ["", ""]
             for turn, candidate in enumerate(candidates):
-                for said[turn] in stream_answer(candidate, image, question, max_new_tokens):
+                for said[turn] in candidate.stream_answer(image, question, max_new_tokens):
                     states = ("writing", "waiting") if turn == 0 else ("done", "writing")
                     yield tuple(map(cards.answer_card, ROLES, labels, said, states))
             others = [said[1], said[0]]
@@ -55,7 +57,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             a, b = a.strip(), b.strip()
             if not a or not b or max(len(a), len(b)) > MAX_ANSWER:
                 raise ValueError(f"Write two answers, A and B, of up to {MAX_ANSWER} characters each.")
-            scores = [compare(candidate, image, question, a, b) for candidate in candidates]
+            scores = [candidate.compare(image, question, a, b) for candidate in candidates]
             return [cards.comparison_card(*card) for card in zip(ROLES, labels, scores, strict=True)]
         return [gr.skip(), gr.skip()]
 
@@ -113,14 +115,14 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
                     note = "An example fills in its chosen answer as A and its rejected one as B." if examples else ""
                     gr.HTML(cards.LEGEND + f'<p class="note">{note}</p>', padding=False)
         picture.upload(check_upload, picture, picture, show_progress="hidden")
-        # One request computes at a time, on either tab; the others wait in line and see their place in it.
+        # As many requests as the models take at a time, on either tab; the others wait and see their place in line.
         gr.on(
             [ask_button.click, question.submit],
             ask,
             [picture, question],
             answers,
             concurrency_id="models",
-            concurrency_limit=1,
+            concurrency_limit=at_once,
             show_progress="minimal",
         )
         judge_button.click(
@@ -128,7 +130,7 @@ def build(candidates: tuple[Candidate, Candidate], examples: list[dict], max_new
             [picture, question, first, second],
             verdicts,
             concurrency_id="models",
-            concurrency_limit=1,
+            concurrency_limit=at_once,
             show_progress="minimal",
         )
         if examples:

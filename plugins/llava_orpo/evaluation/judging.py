@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -19,14 +18,14 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import whole_lines
-from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, data_url
+from ..serving.asking import ask_each
+from ..serving.client import ChatClient, RequestFailed, data_url
 from .answer_pairs import AnswerPair, tally, tally_text
 from .judge_prompt import REMINDER, RULES, TASK, parse_verdict
 
 REQUEST = {"temperature": 0, "max_tokens": 512}
 ORDERS = ("ab", "ba")  # which side is shown first
 REMINDERS = 2  # how often a judge is asked again for a verdict that can be read
-GIVE_UP = 10  # after so many failures in a row the endpoint is taken for broken
 ANSWER_TOKENS = 200  # tokens of a short reasoning with its verdict, for the estimate
 
 
@@ -119,43 +118,31 @@ async def judge(
 
     Returns {key: why it failed}.
 
-    Raises EndpointUnusable, and the same after GIVE_UP failures in a row without a single success.
+    Raises EndpointUnusable, and the same after many failures in a row without a single success.
     """
     failed: dict[str, str] = {}
-    row = 0
-    running: dict[asyncio.Task, str] = {}
-    todo = iter(waiting.items())
+
+    def ask(key: str):
+        return one_verdict(asking, *waiting[key])
+
     try:
         with verdicts.open("a", encoding="utf-8") as out, tqdm(total=len(waiting), unit="verdict") as bar:
-            while True:
-                for key, (pair, order) in itertools.islice(todo, asking.concurrency - len(running)):
-                    running[asyncio.create_task(one_verdict(asking, pair, order))] = key
-                if not running:
-                    return failed
-                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    key = running.pop(task)
-                    pair, order = waiting[key]
+            async with contextlib.aclosing(ask_each(waiting, ask, asking.concurrency)) as answered:
+                async for key, found in answered:
                     bar.update()
-                    try:
-                        record = {"key": key, "dataset": pair.dataset, "pair_id": pair.pair_id, **task.result()}
-                    except RequestFailed as error:
-                        failed[key] = str(error)
-                        row += 1
-                        if row >= GIVE_UP:
-                            raise EndpointUnusable(f"{row} requests in a row failed; the last: {error}") from None
+                    if isinstance(found, RequestFailed):
+                        failed[key] = str(found)
                         continue
-                    row = 0
+                    pair = waiting[key][0]
+                    record = {"key": key, "dataset": pair.dataset, "pair_id": pair.pair_id, **found}
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
                     out.flush()
                     if record["verdict"]:
                         done[key] = record
                     else:
                         failed[key] = f"no verdict in: {record['text'][-200:]!r}"
+        return failed
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
         await asking.client.close()
 
 

@@ -140,8 +140,13 @@ def fingerprint(session: Session) -> str:
         if root.is_dir():
             weights = sorted(root.glob("*.safetensors"))
             parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    rows = hashlib.sha256()
-    for row, name in zip(session.rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(session.rows), strict=True):
-        rows.update(json.dumps([name, *row.values()]).encode())
-    parts["rows"] = rows.hexdigest()
+    parts["rows"] = rows_digest(session.rows)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def rows_digest(rows) -> str:
+    """A name of tokenized pairs: everything of them that an answer or a score depends on."""
+    found = hashlib.sha256()
+    for row, name in zip(rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(rows), strict=True):
+        found.update(json.dumps([name, *row.values()]).encode())
+    return found.hexdigest()

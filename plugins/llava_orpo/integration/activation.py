@@ -21,7 +21,7 @@ from ..data.rlaif_v import RlaifVConverter
 from ..data.template import exact_templates
 from ..errors import UserError
 from .run import Run, start
-from .swaps import SWAPS
+from .swaps import API_MODULE, API_SWAPS, SWAPS
 
 TESTED_LLAMAFACTORY = "0.9.5"
 MM_PLUGIN = "llava_orpo"
@@ -93,7 +93,7 @@ def activate(parsed: PluginArguments) -> Run:
     register()
     run = Run(parsed, shared_prefix=parsed.shared_prefix)
     start(run)
-    for module_name, attribute, make in SWAPS:
+    for module_name, attribute, make in (*SWAPS, *(API_SWAPS if API_MODULE in sys.modules else ())):
         module = importlib.import_module(module_name)
         original = getattr(module, attribute)
         run.originals.append((module, attribute, original))

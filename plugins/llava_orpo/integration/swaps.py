@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import data, export, model, training
+from . import api, data, export, model, training
 
 # (module, name, maker of the replacement): the places where 0.9.5 has no extension point
 SWAPS = (
@@ -26,4 +26,12 @@ SWAPS = (
     ("llamafactory.train.tuner", "load_tokenizer", export.untouched_tokenizer_files),
     # chat, webchat and api give answers as the model wrote them
     ("llamafactory.chat.hf_engine", "load_tokenizer", model.unedited_answers),
+)
+
+API_MODULE = "llamafactory.api.app"
+# the same for `llamafactory-cli api`, which alone has loaded this module, and the web server with it
+API_SWAPS = (
+    # body, images and clients have limits; every error is in OpenAI's form
+    (API_MODULE, "create_app", api.guarded_app),
+    (API_MODULE, "uvicorn", api.patient_server),
 )

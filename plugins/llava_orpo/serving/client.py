@@ -6,16 +6,18 @@ import asyncio
 import base64
 import email.utils
 import io
+import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from PIL import Image
+from PIL import ExifTags, Image
 
+from ..data import images
 from ..errors import UserError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -24,6 +26,7 @@ LONGEST_PAUSE = 60.0  # seconds between two tries without a Retry-After header
 LONGEST_WAIT = 600.0  # if a server asks for more, the request fails
 LOCAL = ("localhost", "127.0.0.1", "::1")
 SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of which every reader makes the same RGB
 
 
 class RequestFailed(Exception):
@@ -177,3 +180,58 @@ def data_url(data: bytes) -> str:
             opened.convert("RGB").save(out, "PNG")
             kind, data = "png", out.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def exact_data_url(data: bytes) -> str:
+    """An image as a data: address from which every server makes the picture that training saw.
+
+    The file's own bytes, except where servers read a file in another way than LLaVA does (see `data.images`): vLLM
+    turns it as EXIF says and lays transparent pixels on white (multimodal/media/image.py), and 16-bit grey is clipped.
+    Then the decoded picture is sent as PNG.
+
+    Raises data.images.ImageError when the image cannot be decoded.
+    """
+    picture = images.decode_rgb(data)
+    with Image.open(io.BytesIO(data)) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        plain = opened.mode in PLAIN_MODES and "transparency" not in opened.info
+    if plain and not turned:
+        return data_url(data)
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+async def stream_text(client: ChatClient, payload: dict[str, Any]) -> AsyncGenerator[str, None]:
+    """The pieces of a chat answer as the server writes them. Nothing is tried again; closing it ends the request.
+
+    Raises EndpointUnusable and RequestFailed as `ChatClient.ask`, and RequestFailed when the server stops midway.
+    """
+    address, whole = client.base_url + "/chat/completions", False
+    try:
+        async with client._client.stream("POST", address, json={**payload, "stream": True}) as response:
+            if response.status_code != 200:
+                await response.aread()
+                problem = client._clean(f"status {response.status_code}: {response.text[:300]}")
+                raise EndpointUnusable(problem) if response.status_code in HOPELESS else RequestFailed(problem)
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                choice = _chunk(data)
+                whole = whole or bool(choice.get("finish_reason"))
+                if piece := (choice.get("delta") or {}).get("content"):
+                    yield piece
+    except httpx.TransportError as error:
+        raise RequestFailed(client._clean(f"{type(error).__name__}: {error}")) from None
+    if not whole:
+        raise RequestFailed("the stream ended before the answer was whole")
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    """The choice in one event of a stream; {} for one without, such as the token counts at the end."""
+    try:
+        body = json.loads(data)
+        return body["choices"][0] if body["choices"] else {}
+    except (ValueError, KeyError, TypeError):
+        raise RequestFailed(f"the stream holds {data[:200]!r}") from None
