@@ -101,7 +101,7 @@ class Reference:
         return logits.gather(1, inputs["input_ids"][0, start:, None])[:, 0].numpy()
 
     def _inputs(self, question: str, image: Any, then: str):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = ([] if image is None else [{"type": "image"}]) + [{"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return self.processor(images=image, text=prompt + then, return_tensors="pt")
 
