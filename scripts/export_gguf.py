@@ -17,10 +17,9 @@ asks it and transformers the same questions with and without their images.
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from llava_orpo.errors import UsageError, UserError
+from llava_orpo.errors import UsageError
 from llava_orpo.recipe import HELP, read_command, run
 
 COMPARE_KEYS = {
@@ -62,7 +61,7 @@ def export(argv: list[str]) -> int:
     chosen = files[-1] if loose[2:] else files[0]
     print("The chat template is in the file; llama-server adds BOS. Start it:")
     print(f"  .venv-gguf/llama.cpp/build/bin/llama-server -m {chosen} --mmproj {projector} \\")
-    print("      --host 127.0.0.1 --port 8080 -c 8192 --temp 0 --jinja")
+    print("      --host 127.0.0.1 --port 8080 -c 8192 --temp 0 -fa off -ctk f32 -ctv f32")
     print(IMAGES.format(model=model, out=out))
     return 0
 

@@ -105,13 +105,15 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
 def llama_cpp_template(conversation: Conversation) -> str:
     """The chat template of a conversation for llama-server, which hands an image over as a part `media_marker`.
 
-    llama-server adds BOS itself where the vocabulary says so. The text that the marker stands for is in the part.
+    llama-server adds BOS itself where the vocabulary says so. It gives parts only to templates that it sees reading a
+    list (common/jinja/caps.cpp: an index or `selectattr`); others get one string, without the line end behind an image.
     """
     template = chat_template(conversation)
-    after = conversation.image.removeprefix("<image>")
+    after = json.dumps(conversation.image.removeprefix("<image>"))
     for old, new in (
-        ("part['type'] == 'image'", "part['type'] == 'media_marker'"),
-        (json.dumps(conversation.image), f"part['text'] + {json.dumps(after)}"),
+        ("m['content'] if part['type'] == 'image'", "m['content'] | selectattr('type', 'equalto', 'media_marker')"),
+        ("m['content'] if part['type'] == 'text'", "m['content'] | selectattr('type', 'equalto', 'text')"),
+        (json.dumps(conversation.image), f"part['text'] + {after}"),
     ):
         if old not in template:
             raise ValueError(f"the chat template has no {old}")

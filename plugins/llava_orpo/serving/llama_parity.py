@@ -34,9 +34,9 @@ def compare_served(
     kinds = {"texts": WithoutImages, "images": lambda side: side}
     theirs: dict[str, list[Answer]] = {}
     with Kept(folder / "answers.jsonl", restart).adding() as keep:
-        reference = Reference(model, max_new_tokens, threads)
+        reference = Reference(model, max_new_tokens, threads, cut=True)  # as the GGUF file is
         for kind, view in kinds.items():
-            what = (fingerprint(model), kind, max_new_tokens)
+            what = (fingerprint(model), "cut", kind, max_new_tokens)
             theirs[kind] = ask_all(view(reference), rows, f"transformers, {kind}", keep, what)
         del reference
         with serving(gguf, projector, folder / "llama-server.log", threads) as base_url:

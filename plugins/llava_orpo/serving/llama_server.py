@@ -21,6 +21,7 @@ from .openvino_runner import Answer
 
 KEY_ENV = "LLAVA_ORPO_LLAMA_SERVER_KEY"  # never set: the server listens on 127.0.0.1, for us, without a key
 START_SECONDS = 300
+EXACT = ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]  # llama.cpp keeps keys and values in 16 bits unless told otherwise
 
 
 def program(name: str) -> str:
@@ -39,6 +40,7 @@ def serving(model: Path, projector: Path, log: Path, threads: int, context: int 
         port = one.getsockname()[1]
     command = [program("llama-server"), "-m", str(model), "--mmproj", str(projector), "--host", "127.0.0.1"]
     command += ["--port", str(port), "-c", str(context), "-np", "1", "-t", str(threads), "--no-warmup"]
+    command += EXACT
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:

@@ -60,9 +60,12 @@ def read_rows(data: Path, count: int) -> list[Row]:
 
 
 class Reference:
-    """The model in plain transformers, fp32, with its own chat template; nothing of this package is in the way."""
+    """The model in plain transformers, fp32, with its own chat template; nothing of this package is in the way.
 
-    def __init__(self, folder: Path, max_new_tokens: int, threads: int):
+    cut: take probabilities over the tokenizer's tokens alone, without the embedding's padding rows.
+    """
+
+    def __init__(self, folder: Path, max_new_tokens: int, threads: int, cut: bool = False):
         import torch
         from transformers import AutoProcessor
 
@@ -73,6 +76,7 @@ class Reference:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = load_checked(folder, dtype=torch.float32).eval()
         self.max_new_tokens = max_new_tokens
+        self.rows = len(self.processor.tokenizer) if cut else None
 
     def ask(self, question: str, image: Any) -> Answer:
         """As `Runner.ask`."""
@@ -87,7 +91,7 @@ class Reference:
         )
         seconds = time.perf_counter() - started
         made = out.sequences[0, inputs["input_ids"].shape[1] :]
-        logits = self.torch.cat(out.logits).log_softmax(-1)
+        logits = self.torch.cat(out.logits)[:, : self.rows].log_softmax(-1)
         logp = logits.gather(1, made[:, None]).sum().item()
         text = self.processor.tokenizer.decode(made, skip_special_tokens=True).strip()
         return Answer(text, inputs["input_ids"].shape[1], len(made), logp, seconds)
