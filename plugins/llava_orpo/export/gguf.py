@@ -103,22 +103,20 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
 
 
 def llama_cpp_template(conversation: Conversation) -> str:
-    """The chat template of a conversation for llama-server, which hands an image over as a part `media_marker`.
+    """The chat template of a conversation for llama-server, with the line end that LLaVA has behind an image.
 
-    llama-server adds BOS itself where the vocabulary says so. It gives parts only to templates that it sees reading a
-    list (common/jinja/caps.cpp: an index or `selectattr`); others get one string, without the line end behind an image.
+    llama-server adds BOS itself where the vocabulary says so. It joins the parts of a message with an image to one text,
+    in which a marker, <__media_…__>, stands for the image (common/chat.cpp, to_json_oaicompat).
     """
     template = chat_template(conversation)
-    after = json.dumps(conversation.image.removeprefix("<image>"))
-    for old, new in (
-        ("m['content'] if part['type'] == 'image'", "m['content'] | selectattr('type', 'equalto', 'media_marker')"),
-        ("m['content'] if part['type'] == 'text'", "m['content'] | selectattr('type', 'equalto', 'text')"),
-        (json.dumps(conversation.image), f"part['text'] + {after}"),
-    ):
-        if old not in template:
-            raise ValueError(f"the chat template has no {old}")
-        template = template.replace(old, new)
-    return template
+    text, after = "{{- m['content'] -}}", json.dumps("__>" + conversation.image.removeprefix("<image>"))
+    if template.count(text) != 1:
+        raise ValueError("the chat template does not write the content of a message in one place")
+    marked = (
+        "{%- if m['content'].startswith('<__media_') -%}{%- set parts = m['content'].split('__>', 1) -%}"
+        f"{{{{- parts[0] + {after} + parts[1] -}}}}{{%- else -%}}{text}{{%- endif -%}}"
+    )
+    return template.replace(text, marked)
 
 
 def feature_layer(config: dict[str, Any]) -> int:
@@ -135,6 +133,15 @@ def grid_pinpoints(config: dict[str, Any]) -> list[int]:
     The order of the resolutions stays: of two that fit equally well, both take the first.
     """
     return [side for height, width in config["image_grid_pinpoints"] for side in (width, height)]
+
+
+def image_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """clip.vision.*: what decides the features. Layers behind them are not in the file (`is_used`), so both counts agree.
+
+    Without feature_layer clip.cpp runs one layer fewer than block_count.
+    """
+    layer = feature_layer(config)
+    return {"block_count": layer, "feature_layer": [layer], "image_grid_pinpoints": grid_pinpoints(config)}
 
 
 def is_used(name: str, config: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from conversion.llama import LlamaModel
 
 from ..checkpoint.files import CheckpointError
 from ..data.conversation import Conversation
-from .gguf import PROJECTOR_NAMES, Vocabulary, feature_layer, grid_pinpoints, is_used, llama_cpp_template
+from .gguf import PROJECTOR_NAMES, Vocabulary, image_settings, is_used, llama_cpp_template
 
 WRITTEN_FOR = "0.19.0"  # of gguf
 FILE_TYPES = {
@@ -64,13 +64,13 @@ class ImageEncoder(MmprojModel):
 
     def set_gguf_parameters(self) -> None:
         config, writer = self.global_config, self.gguf_writer
-        vision = config["vision_config"]
-        vision["num_hidden_layers"] = feature_layer(config)
+        vision, settings = config["vision_config"], image_settings(config)
+        vision["num_hidden_layers"] = settings["block_count"]  # read by the next line; settings must be made before
         super().set_gguf_parameters()
         writer.add_clip_projector_type("mlp")
         writer.add_vision_attention_layernorm_eps(vision["layer_norm_eps"])
-        writer.add_vision_feature_layers([feature_layer(config)])
-        writer.add_array("clip.vision.image_grid_pinpoints", grid_pinpoints(config))
+        writer.add_vision_feature_layers(settings["feature_layer"])
+        writer.add_array("clip.vision.image_grid_pinpoints", settings["image_grid_pinpoints"])
         writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
         writer.add_vision_use_gelu(vision["hidden_act"] == "gelu")  # otherwise llama.cpp takes CLIP's quick_gelu
 
