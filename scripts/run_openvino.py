@@ -118,7 +118,9 @@ def compare(argv: list[str]) -> int:
     print(parity.table(summary))
     for form, entry in summary["forms"].items():
         for one in entry["different"][:5]:
-            print(f"{form}, row {one['row']}: {one['question']}\n  {one['answer']}\n  transformers: {one['transformers']}")
+            print(
+                f"{form}, row {one['row']}: {one['question']}\n  {one['answer']}\n  transformers: {one['transformers']}"
+            )
     print(f"  {folder / 'parity.json'}")
     return 0
 

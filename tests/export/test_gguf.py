@@ -128,7 +128,9 @@ def test_llama_server_answers_texts_as_transformers_does(tmp_path):
     command = ["bash", str(ROOT / "scripts" / "gguf.sh")]
     with FileLock(CACHE / "venv-gguf.lock"):
         run(*command, random_model(), tmp_path / "gguf", "q8_0")
-    assert (tmp_path / "gguf" / "model-q8_0.gguf").stat().st_size < (tmp_path / "gguf" / "model-f32.gguf").stat().st_size
+    assert (tmp_path / "gguf" / "model-q8_0.gguf").stat().st_size < (
+        tmp_path / "gguf" / "model-f32.gguf"
+    ).stat().st_size
     assert written(tmp_path / "gguf" / "mmproj-f32.gguf", "block_count", "feature_layer") == [2, [2]]  # of three layers
     out, gguf_folder = tmp_path / "out", f"gguf={tmp_path / 'gguf'}"
     words = [gguf_folder, f"data={tmp_path / 'rows.parquet'}", "rows=8", "max_new_tokens=24", f"output_dir={out}"]

@@ -58,7 +58,9 @@ def vocabulary(spec: dict[str, Any], rows: int, where: str) -> Vocabulary:
     """
     model = spec["model"]
     if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise CheckpointError(f"{where}: a {model['type']} tokenizer without byte fallback; LLaVA-1.6's are of BPE with it.")
+        raise CheckpointError(
+            f"{where}: a {model['type']} tokenizer without byte fallback; LLaVA-1.6's are of BPE with it."
+        )
     added = {token["id"]: token for token in spec["added_tokens"]}
     by_id = {i: piece for piece, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     if sorted(by_id) != list(range(len(by_id))):
@@ -82,7 +84,9 @@ def vocabulary(spec: dict[str, Any], rows: int, where: str) -> Vocabulary:
     for i in range(len(by_id)):
         piece = by_id[i]
         tokens.append(piece)
-        scores.append(float(-ranks[piece]) if piece in ranks and i not in added else ADDED_SCORE if i in added else -1e6)
+        scores.append(
+            float(-ranks[piece]) if piece in ranks and i not in added else ADDED_SCORE if i in added else -1e6
+        )
         if piece == unknown:
             types.append(UNKNOWN)
         elif i in added:
@@ -158,7 +162,9 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from ..checkpoint.published import check_folder, read_config
 
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} is an adapter: merge it first (llamafactory-cli export), then convert the result.")
+        raise CheckpointError(
+            f"{folder} is an adapter: merge it first (llamafactory-cli export), then convert the result."
+        )
     config = read_config(folder)
     if "quantization_config" in config:
         raise CheckpointError(f"{folder} is quantized; convert the merged 16- or 32-bit model and quantize it to GGUF.")

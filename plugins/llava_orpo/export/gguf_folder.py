@@ -30,13 +30,15 @@ def write_folder(model: Path, out: Path, types: Sequence[str], overwrite: bool =
     table = tensor_table(model)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(table[EMBEDDING][0])
     if dtype is None or LM_HEAD not in table:
-        raise CheckpointError(f"{model} holds {table[EMBEDDING][0]} weights or no LM head; a merged LLaVA-1.6 has both.")
+        raise CheckpointError(
+            f"{model} holds {table[EMBEDDING][0]} weights or no LM head; a merged LLaVA-1.6 has both."
+        )
     words = vocabulary(tokenizer, table[EMBEDDING][1][0], f"{model}/tokenizer.json")
     conversation = checkpoint_conversation(AutoProcessor.from_pretrained(model), model)
     if words.joined_otherwise:
         print(
-            f"Note: llama.cpp can also join {len(words.joined_otherwise)} pieces of this vocabulary from other parts than "
-            f"its merges ({', '.join(words.joined_otherwise[:5])}, …); rare texts may be split differently."
+            f"Note: llama.cpp can also join {len(words.joined_otherwise)} pieces of this vocabulary from other parts "
+            f"than its merges ({', '.join(words.joined_otherwise[:5])}, …); rare texts may be split differently."
         )
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not overwrite:

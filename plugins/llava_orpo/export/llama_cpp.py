@@ -51,7 +51,9 @@ class LanguageModel(LlamaModel):
         special.chat_template = llama_cpp_template(self.conversation)
         special.add_to_gguf(writer)
 
-    def modify_tensors(self, data_torch: torch.Tensor, name: str, bid: int | None) -> Iterable[tuple[str, torch.Tensor]]:
+    def modify_tensors(
+        self, data_torch: torch.Tensor, name: str, bid: int | None
+    ) -> Iterable[tuple[str, torch.Tensor]]:
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             data_torch = data_torch[: len(self.vocabulary.tokens)]
         return super().modify_tensors(data_torch, name, bid)
@@ -78,7 +80,9 @@ class ImageEncoder(MmprojModel):
         tensors = super().index_tensors(remote_hf_model_id)
         return {name: get for name, get in tensors.items() if is_used(name, self.hparams)}
 
-    def modify_tensors(self, data_torch: torch.Tensor, name: str, bid: int | None) -> Iterable[tuple[str, torch.Tensor]]:
+    def modify_tensors(
+        self, data_torch: torch.Tensor, name: str, bid: int | None
+    ) -> Iterable[tuple[str, torch.Tensor]]:
         if name in PROJECTOR_NAMES:
             return [(PROJECTOR_NAMES[name], data_torch)]
         return super().modify_tensors(data_torch, name, bid)

@@ -25,7 +25,9 @@ def export(model: Path, out: Path, bits: str, overwrite: bool = False) -> int:
     `out`, or optimum-intel's own words.
     """
     if (model / "adapter_config.json").is_file():
-        raise CheckpointError(f"{model} is an adapter: merge it first (llamafactory-cli export), then export the result.")
+        raise CheckpointError(
+            f"{model} is an adapter: merge it first (llamafactory-cli export), then export the result."
+        )
     if "quantization_config" in read_config(model):
         raise CheckpointError(f"{model} is quantized; export the merged 16- or 32-bit model, with 8bit or 4bit.")
     table = check_folder(model)

@@ -122,7 +122,9 @@ class Scorer:
         properties = {**EXACT, "INFERENCE_NUM_THREADS": threads}
         self.torch, self.runner = torch, runner
         self.parts = {
-            name: core.compile_model(runner.folder / f"openvino_{name}_model.xml", "CPU", properties).create_infer_request()
+            name: core.compile_model(
+                runner.folder / f"openvino_{name}_model.xml", "CPU", properties
+            ).create_infer_request()
             for name in ("vision_embeddings", "text_embeddings", "language")
         }
         self.config = AutoConfig.from_pretrained(runner.folder)
@@ -264,7 +266,13 @@ def summarize_scores(scores: Sequence[tuple], theirs: Sequence[tuple]) -> dict[s
 
 
 def compare(
-    model: Path, forms: Sequence[Path], rows: Sequence[Row], folder: Path, max_new_tokens: int, score: bool, restart: bool
+    model: Path,
+    forms: Sequence[Path],
+    rows: Sequence[Row],
+    folder: Path,
+    max_new_tokens: int,
+    score: bool,
+    restart: bool,
 ) -> dict[str, Any]:
     """Writes <folder>/answers.jsonl as it goes, and returns the summary: transformers' side and one entry a form.
 

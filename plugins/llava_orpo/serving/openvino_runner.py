@@ -105,7 +105,9 @@ class Runner:
                 f"OpenVINO's tokenizer reads this question differently ({found[:40]} for {ids[:40]}): does it hold the "
                 "name of a special token, such as </s> or <image>? Ask without it."
             )
-        return ids if size is None else expand_image_token(ids, self.image_token_id, self.geometry.num_image_tokens(*size))
+        return (
+            ids if size is None else expand_image_token(ids, self.image_token_id, self.geometry.num_image_tokens(*size))
+        )
 
     def ask(self, question: str, image: Any = None) -> Answer:
         """The greedy answer. image: a PIL picture in mode RGB, or None. Raises UserError as `prompt_ids`."""
