@@ -33,8 +33,8 @@ COMPARE_KEYS = {
 }
 IMAGES = """\
 Texts are answered as by transformers. Images are NOT: llama.cpp leaves out LLaVA-1.6's newline features and keeps the
-padding, puts the overview last, and gives an image that is not larger than one tile no tiles. Of 400 answers of the tiny
-demo model about images 97 were those of transformers (llama-cpp-python 0.3.36's sources). Measure your model:
+padding, puts the overview last, and gives an image that is not larger than one tile no tiles. Of 400 answers of the
+tiny demo model about images, 97 were those of transformers (sources of llama-cpp-python 0.3.36). Measure your model:
   bash scripts/gguf.sh compare {model} gguf={out} data=PAIRS.parquet
 Where answers must be those of the aligned model, serve it by OpenVINO (scripts/openvino.sh) or vLLM."""
 

@@ -27,6 +27,7 @@ def test_the_prompt_is_the_conversations_with_genais_tag_for_the_image(name):
     conversation = CONVERSATIONS[name]
     for image in (True, False):
         text = prompt_text(conversation, "What?", image)
+        assert text.count("<ov_genai_image_0>") == image and "<image>" not in text
         assert text.replace("<ov_genai_image_0>", "<image>\n") == conversation.render_prompt("What?", image)
     with pytest.raises(UserError, match="takes for an image"):
         prompt_text(conversation, "Is <ov_genai_image_1> a tag?", True)

@@ -109,8 +109,8 @@ def _space_prefix(spec: dict[str, Any]) -> bool:
 def llama_cpp_template(conversation: Conversation) -> str:
     """The chat template of a conversation for llama-server, with the line end that LLaVA has behind an image.
 
-    llama-server adds BOS itself where the vocabulary says so. It joins the parts of a message with an image to one text,
-    in which a marker, <__media_…__>, stands for the image (common/chat.cpp, to_json_oaicompat).
+    llama-server adds BOS itself where the vocabulary says so. It joins a message with an image to one text, in
+    which a marker, <__media_…__>, stands for the image (common/chat.cpp, to_json_oaicompat).
     """
     template = chat_template(conversation)
     text, after = "{{- m['content'] -}}", json.dumps("__>" + conversation.image.removeprefix("<image>"))
@@ -140,7 +140,7 @@ def grid_pinpoints(config: dict[str, Any]) -> list[int]:
 
 
 def image_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """clip.vision.*: what decides the features. Layers behind them are not in the file (`is_used`), so both counts agree.
+    """clip.vision.*: what decides the features. Layers behind them are not in the file (`is_used`).
 
     Without feature_layer clip.cpp runs one layer fewer than block_count.
     """

@@ -52,7 +52,7 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a table for the terminal."""
     lines = [
         f"{summary['rows']} questions, greedy, {summary['gguf']} against {summary['model']} in transformers, fp32",
-        "| | prompt tokens equal | answers equal | answers as chosen | largest log-prob difference a token | tokens/s |",
+        "| | prompt tokens equal | answers equal | answers as chosen | log-prob difference a token | tokens/s |",
         "|---|---|---|---|---|---|",
     ]
     for kind in ("texts", "images"):
