@@ -1,0 +1,119 @@
+"""scripts/openvino.sh: the prompt that OpenVINO is given, what is refused, and (heavy) answers and log-probs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import run_openvino
+from filelock import FileLock
+
+from helpers.commands import exit_code
+from helpers.paths import ROOT
+from helpers.recipes import CACHE, photo_rows, random_model, write_rows
+from llava_orpo.checkpoint.files import CheckpointError
+from llava_orpo.data.conversation import CONVERSATIONS
+from llava_orpo.errors import UserError
+from llava_orpo.export.openvino import export
+from llava_orpo.serving import openvino_parity as parity
+from llava_orpo.serving.openvino_runner import Answer, check_folder, prompt_text
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_prompt_is_the_conversations_with_genais_tag_for_the_image(name):
+    conversation = CONVERSATIONS[name]
+    for image in (True, False):
+        text = prompt_text(conversation, "What?", image)
+        assert text.count("<ov_genai_image_0>") == image and "<image>" not in text
+        assert text.replace("<ov_genai_image_0>", "<image>\n") == conversation.render_prompt("What?", image)
+    with pytest.raises(UserError, match="takes for an image"):
+        prompt_text(conversation, "Is <ov_genai_image_1> a tag?", True)
+
+
+def test_folders_that_are_no_export_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        check_folder(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="export it"):
+        check_folder(random_model())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it first"):
+        export(tmp_path, tmp_path / "out", "")
+    with pytest.raises(CheckpointError, match="own folder"):
+        export(random_model(), random_model(), "")
+
+
+def test_wrong_words_are_refused_in_one_line(capsys):
+    for words in (["model"], ["model", "out", "3bit"], ["ask", str(random_model())]):
+        assert exit_code(run_openvino.main, *words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_an_interrupted_comparison_asks_only_what_is_missing(tmp_path):
+    write_rows(tmp_path, photo_rows(3, 1))
+    rows = parity.read_rows(tmp_path / "rows.parquet", 0)
+    assert len(rows) == 3 and len(parity.read_rows(tmp_path / "rows.parquet", 2)) == 2
+
+    class Side:
+        asked = 0
+
+        def ask(self, question, _image):
+            self.asked += 1
+            if self.asked == 2:
+                raise KeyboardInterrupt
+            return Answer(question, 5, 2, -1.0, 0.5)
+
+    side, file = Side(), tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt), parity.Kept(file, False).adding() as keep:
+        parity.ask_all(side, rows, "side", keep, ("model",))
+    with file.open("a") as out:
+        out.write('{"key": ["cut')
+    with parity.Kept(file, False).adding() as keep:
+        answers = parity.ask_all(side, rows, "side", keep, ("model",))
+    assert side.asked == 4 and [answer.text for answer in answers] == [row.question for row in rows]
+    with parity.Kept(file, False).adding() as keep:  # another model's answers are not taken
+        parity.ask_all(side, rows, "side", keep, ("other",))
+    assert side.asked == 7
+
+
+def test_what_differs_is_counted_and_listed():
+    rows = [parity.Row("q", chosen, "r", None) for chosen in ("one", "two")]
+    theirs = [Answer("one", 7, 4, -1.0, 1.0), Answer("two", 8, 4, -1.0, 1.0)]
+    mine = [Answer("one", 7, 4, -1.4, 0.5), Answer("three", 9, 4, -9.0, 0.5)]
+    found = parity.summarize_answers(mine, theirs, rows)
+    assert found["prompt_tokens_equal"] == found["answers_equal"]["count"] == found["answers_chosen"]["count"] == 1
+    assert found["answer_logp_difference"] == pytest.approx(0.1) and found["tokens_per_second"] == 8
+    assert [one["row"] for one in found["different"]] == [1]
+
+
+@pytest.mark.heavy
+def test_openvino_answers_and_scores_as_transformers_does(tmp_path):
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write_rows(tmp_path, photo_rows(8, 1, "mixed"))
+    command = ["bash", str(ROOT / "scripts" / "openvino.sh")]
+    forms = [tmp_path / "fp32", tmp_path / "8bit"]
+    with FileLock(CACHE / "venv-openvino.lock"):
+        run(*command, random_model(), forms[0])
+    run(*command, random_model(), forms[1], "8bit")
+    words = [f"forms={forms[0]},{forms[1]}", f"data={tmp_path / 'rows.parquet'}", "rows=8", "max_new_tokens=24"]
+    run(*command, "compare", random_model(), *words, "score=true", f"output_dir={tmp_path / 'out'}")
+    exact, quantized = json.loads((tmp_path / "out" / "parity.json").read_text())["forms"].values()
+    assert exact["prompt_tokens_equal"] == exact["answers_equal"]["count"] == 8
+    assert exact["token_logp_difference"] < 1e-4 and exact["answer_logp_difference"] < 1e-4
+    assert quantized["prompt_tokens_equal"] == 8 and quantized["token_logp_difference"] > 1e-4
+    assert quantized["bytes"] < exact["bytes"]
+
+
+def run(*words):
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "OPENVINO_VENV": "outputs/test-cache/venv-openvino",
+        "OMP_NUM_THREADS": "1",
+    }
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
