@@ -178,10 +178,11 @@ def _in_an_evaluation(training, folder, seconds, draw) -> str:
 
 
 def _in_the_second_epoch(training, folder, seconds, draw) -> str:
-    _poll(training, lambda: b"Running training" in training.printed() and _logged_step(folder) > STEPS_PER_EPOCH)
-    wait = draw.uniform(0, 0.15) * seconds
+    step = draw.randrange(STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH)
+    _poll(training, lambda: b"Running training" in training.printed() and _logged_step(folder) >= step)
+    wait = draw.uniform(0, 0.05)
     time.sleep(wait)
-    return f"{wait * 1000:.0f} ms into the second epoch"
+    return f"{wait * 1000:.0f} ms after step {step} or the first one of this start"
 
 
 def _after_a_step(training, folder, seconds, draw) -> str:

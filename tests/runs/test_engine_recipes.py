@@ -164,6 +164,7 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_requeues(tmp_path):
     env = {**os.environ, **slurm, "NPROC_PER_NODE": "2", "SCONTROL_LOG": str(tmp_path / "requeued")}
     env["PATH"] = f"{programs}:{env['PATH']}"
     command = ["bash", ENGINES / "train.sbatch", "recipes/tiny/llava16_orpo_qlora_ddp.yaml", *words]
+    another_job = subprocess.Popen(["bash", "-c", 'exec -a "llamafactory-cli train other.yaml" sleep 600'])
     with (tmp_path / "job.log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
         end = time.monotonic() + 300
@@ -173,6 +174,9 @@ def test_the_slurm_script_saves_before_its_time_is_over_and_requeues(tmp_path):
         job.send_signal(signal.SIGTERM)
         code = job.wait(300)
     assert code == 143, (tmp_path / "job.log").read_text()[-3000:]
+    assert another_job.poll() is None
+    another_job.kill()
+    another_job.wait()
     assert re.search(r"Stopped by SIGTERM at step \d+; checkpoint-\d+ is saved", (tmp_path / "job.log").read_text())
     assert (tmp_path / "requeued").read_text() == "requeued 7\n"
     assert list((tmp_path / "out").glob("checkpoint-*/complete.json"))
