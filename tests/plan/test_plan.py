@@ -41,8 +41,10 @@ def test_the_published_shapes_are_shipped():
 
 def test_a_group_counts_what_pack_packs():
     group = [PAIR, replace(PAIR, question=7, chosen=2)]
-    pairs = [TokenPair([1] * s.head + [3] * s.image + [10 + i] * s.question, [7] * s.chosen, [8] * s.rejected)
-             for i, s in enumerate(group)]  # fmt: skip
+    pairs = [
+        TokenPair([1] * s.head + [3] * s.image + [10 + i] * s.question, [7] * s.chosen, [8] * s.rejected)
+        for i, s in enumerate(group)
+    ]
     assert sizes.group_tokens(group) == pack([pairs], 3).num_tokens
     assert sizes.group_tokens([PAIR]) == PAIR.tokens == pack([pairs[:1]], 3).num_tokens
 

@@ -101,9 +101,14 @@ def test_a_wrong_start_of_the_prompt_is_named(asked, model, ids, front, cause):
     assert report["prompt_ids_equal"] == (0 if ids else None)
     assert len(report["causes"]) == 1 and cause in report["causes"][0]
     assert "DIFFERENT" in parity.table(
-        {**report, "base_url": "", "model": "", "reference": {**report["reference"], "model": ""},
-         "server": {**report["server"], "tokens_per_second": None}}
-    )  # fmt: skip
+        {
+            **report,
+            "base_url": "",
+            "model": "",
+            "reference": {**report["reference"], "model": ""},
+            "server": {**report["server"], "tokens_per_second": None},
+        }
+    )
 
 
 def test_every_wrong_prompt_is_named_by_its_ids_and_by_its_counts_if_they_tell(loaded):

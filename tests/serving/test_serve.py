@@ -56,8 +56,9 @@ def test_the_template_that_gives_the_checkpoints_ids_is_found_for_each_kind_of_t
         processor = AutoProcessor.from_pretrained(folder)
         content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
         messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True,
-                                             **processor.tokenizer.special_tokens_map)  # fmt: skip
+        text = processor.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, **processor.tokenizer.special_tokens_map
+        )
         own = processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = processor.tokenizer(text, add_special_tokens=False).input_ids
         assert ids == processor.tokenizer(own).input_ids and ids[0] == processor.tokenizer.bos_token_id
@@ -157,8 +158,13 @@ def test_what_vllm_is_told(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("lists", ["GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)", ""])
 def test_the_wheel_is_chosen_by_what_the_machine_has(lists, tmp_path):
     """An environment that looks installed, whose python tells how it was called."""
-    pins = subprocess.run(["bash", "-c", 'p=$(cat requirements.txt requirements/* pyproject.toml); sha256sum <<<"$p"'],
-                          cwd=ROOT, capture_output=True, text=True, check=True).stdout[:16]  # fmt: skip
+    pins = subprocess.run(
+        ["bash", "-c", 'p=$(cat requirements.txt requirements/* pyproject.toml); sha256sum <<<"$p"'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout[:16]
     venv, name = tmp_path / "venv", "serve.txt" if lists else "serve-cpu.txt"
     (venv / "bin").mkdir(parents=True)
     (venv / f".installed-{pins}-{name}").touch()
@@ -220,9 +226,18 @@ def test_vllm_says_what_transformers_says(form, folders, tmp_path):
     tolerance = 0.2 if form in ("gptq", "awq") else 1e-3
     venv = {"SERVE_VENV": "outputs/test-cache/venv-serve", "PYTHON": sys.executable, "VLLM_API_KEY": ""}
     with server(command, port, log, **venv):
-        run(sys.executable, "evals/serve_parity.py", RECIPE, f"reference={reference}", f"output_dir={out}",
-            f"base_url=http://127.0.0.1:{port}/v1", f"model={reference.name}", f"max_rows={rows}",
-            f"tolerance={tolerance}", codes=(0, 1))  # fmt: skip
+        run(
+            sys.executable,
+            "evals/serve_parity.py",
+            RECIPE,
+            f"reference={reference}",
+            f"output_dir={out}",
+            f"base_url=http://127.0.0.1:{port}/v1",
+            f"model={reference.name}",
+            f"max_rows={rows}",
+            f"tolerance={tolerance}",
+            codes=(0, 1),
+        )
     report = json.loads((out / "serve_parity.json").read_text())
     assert report["prompt_ids_equal"] == report["prompt_counts_equal"] == report["n"] == rows
     assert report["logps"]["ids_equal"] == 2 * rows and report["logps"]["worst"] <= tolerance
@@ -232,7 +247,14 @@ def test_vllm_says_what_transformers_says(form, folders, tmp_path):
         assert report["equal"] and report["answers_equal"] == rows
     if form == "merged":
         scores = tmp_path / "scores"
-        run(sys.executable, "evals/preference.py", RECIPE, f"model_name_or_path={reference}", "quantization_bit=null",
-            "grounding_eval=false", f"output_dir={scores}")  # fmt: skip
+        run(
+            sys.executable,
+            "evals/preference.py",
+            RECIPE,
+            f"model_name_or_path={reference}",
+            "quantization_bit=null",
+            "grounding_eval=false",
+            f"output_dir={scores}",
+        )
         history = json.loads((scores / "preference_eval.json").read_text())["history"][0]["metrics"]
         assert abs(correct[0] - history["preference_accuracy"] * rows) <= 1

@@ -68,8 +68,15 @@ class Endpoint:
         return UserError(f"{self.base_url} does not answer: {text}; {advice}.{kept}")
 
 
-def check(recipe: dict[str, Any], endpoint: Endpoint, folder: Path, max_rows: int, max_new_tokens: int,
-          tolerance: float | None, restart: bool) -> dict[str, Any]:  # fmt: skip
+def check(
+    recipe: dict[str, Any],
+    endpoint: Endpoint,
+    folder: Path,
+    max_rows: int,
+    max_new_tokens: int,
+    tolerance: float | None,
+    restart: bool,
+) -> dict[str, Any]:
     """Compares the server with the recipe's model on `max_rows` held-out pairs; writes serve_parity.json into `folder`.
 
     Answers that came before an interruption are kept in `folder` and not asked again. Returns the report.
@@ -220,8 +227,14 @@ def compare(
     why = Counter(line["why"] for line in lines if "why" in line)
     found += [f"{count} answers: {cause}" for cause, count in why.most_common() if cause != causes.OTHER_PROMPT]
     if logps and not logps["equal"] and session.model:
-        found += sorted({cause for row in rows if (cause := causes.image_cause(row.image))
-                         and logps["worst_of_row"][row.position] > tolerance} - set(found))  # fmt: skip
+        found += sorted(
+            {
+                cause
+                for row in rows
+                if (cause := causes.image_cause(row.image)) and logps["worst_of_row"][row.position] > tolerance
+            }
+            - set(found)
+        )
     told = [line["prompt_tokens"] for line in lines if line["prompt_tokens"][0] is not None]
     counts = [there == right for there, right in told]
     ids = [line["prompt_ids_equal"] for line in lines if line["prompt_ids_equal"] is not None]

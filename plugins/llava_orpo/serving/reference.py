@@ -71,8 +71,18 @@ def read_rows(session: Session, positions: Sequence[int]) -> tuple[list[Row], di
         answers = {side: list(row[f"{side}_ids"]) for side in SIDES}
         texts = {side: tokenizer.decode(answers[side], skip_special_tokens=True).strip() for side in SIDES}
         named = {key: row[key] for key in ("dataset", "source", "question_type", "image_hash", "question")}
-        found.append(Row(position, ids[position], **named, prompt_ids=full, plain_ids=plain, answer_ids=answers,
-                         answer_texts=texts, image=data))  # fmt: skip
+        found.append(
+            Row(
+                position,
+                ids[position],
+                **named,
+                prompt_ids=full,
+                plain_ids=plain,
+                answer_ids=answers,
+                answer_texts=texts,
+                image=data,
+            )
+        )
     return found, bad
 
 
