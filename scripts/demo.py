@@ -58,7 +58,8 @@ OLD_FLAGS = {f"--{key.replace('_', '-')}": key for key in OWN_KEYS if key not in
 
 
 def main(argv: list[str]) -> int:
-    command = read_command(__doc__, argv, OWN_KEYS, uses=MODEL, old=OLD_FLAGS)
+    served = any(word.startswith("base_url=") for word in argv)
+    command = read_command(__doc__, argv, OWN_KEYS, required=() if served else ("aligned",), uses=MODEL, old=OLD_FLAGS)
     own = command.own
     check(command)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -93,14 +94,13 @@ def main(argv: list[str]) -> int:
 
 
 def check(command: Command) -> None:
-    """Raises UsageError unless either the aligned model is named, or a server and its two names."""
+    """Raises UsageError for a server without its two names, and for keys of a server without one."""
     own = command.own
     if own["base_url"]:
         wrong = [f"{key}= is missing: the served name." for key in ("base_model", "aligned_model") if not own[key]]
         wrong += ["aligned= and base_url= are given; one of them says where the models are."] if own["aligned"] else []
     else:
-        wrong = [] if own["aligned"] else ["aligned= is missing (-h shows the help)."]
-        wrong += [f"{key}= is about a server, and base_url= is missing." for key in SERVER_KEYS if command.given(key)]
+        wrong = [f"{key}= is about a server, and base_url= is missing." for key in SERVER_KEYS if command.given(key)]
     if wrong:
         raise UsageError(*wrong)
 
