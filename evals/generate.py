@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     from llava_orpo.evaluation import generation, served
     from llava_orpo.evaluation.session import open_session
     from llava_orpo.files import write_jsonl
+    from llava_orpo.serving.client import Server
 
     settings = generation.Settings(own["max_new_tokens"], own["temperature"], own["top_p"], int(recipe.get("seed", 0)))
     base = with_model(recipe, "base")
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
         print(f"{name}: {asked} prompts of {len(session.rows)} pairs")
 
     if own["base_url"]:
-        server = served.Server(own["base_url"], **{key: own[key] for key in SERVER_KEYS})
+        server = Server(own["base_url"], **{key: own[key] for key in SERVER_KEYS})
         wanted = served.names_on(server, as_list(own["models"] or own["model"]))
         with open_session(base, str(folder), need_model=False) as session:
             prompts = generation.unique_prompts(session.rows, own["max_prompts"])

@@ -56,14 +56,20 @@ def main(argv: list[str]) -> int:
     if not command.given("quantization_bit"):
         recipe.pop("quantization_bit", None)
     from llava_orpo.serving import parity
+    from llava_orpo.serving.client import Server
 
-    endpoint = parity.Endpoint(
-        own["base_url"], own["api_key_env"], own["model"], own["concurrency"], own["timeout"], own["retries"]
-    )
+    server = Server(own["base_url"], own["api_key_env"], own["concurrency"], own["timeout"], own["retries"])
     given_output = command.given("output_dir")
     folder = Path(recipe["output_dir"] if given_output else f"outputs/evals/{model_label(recipe)}-served")
     report = parity.check(
-        recipe, endpoint, folder, own["max_rows"], own["max_new_tokens"], own["tolerance"], own["restart"]
+        recipe,
+        server,
+        own["model"],
+        folder,
+        own["max_rows"],
+        own["max_new_tokens"],
+        own["tolerance"],
+        own["restart"],
     )
     print(parity.table(report))
     print(f"  {folder / parity.REPORT}")

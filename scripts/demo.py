@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     from llava_orpo.demo.models import load_candidates
     from llava_orpo.demo.page import build, read_examples
     from llava_orpo.demo.served import load_served
-    from llava_orpo.evaluation.served import Server
+    from llava_orpo.serving.client import Server
 
     with tempfile.TemporaryDirectory(prefix="llava-orpo-demo-") as scratch:
         examples = read_examples(own["examples"], 12, Path(scratch)) if own["examples"] else []

@@ -16,7 +16,7 @@ from helpers.recipes import photo_rows, random_model, recipe, write_rows
 from helpers.serving import picture, png, random_adapter
 from llava_orpo.demo import models, page, served
 from llava_orpo.errors import UsageError, UserError
-from llava_orpo.evaluation.served import Server
+from llava_orpo.serving.client import Server
 
 QUESTION = "What is in the picture?"
 TOKENS = 12

@@ -19,6 +19,7 @@ from llava_orpo.errors import UserError
 from llava_orpo.evaluation.session import open_session
 from llava_orpo.preference.records import read_pairs
 from llava_orpo.serving import causes, parity
+from llava_orpo.serving.client import Server
 from llava_orpo.serving.reference import Reference, gap_where_they_part, pictures, read_rows, token_logps
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -57,8 +58,8 @@ def asked(loaded, tmp_path):
     def ask_it(served: ServedModel, folder=tmp_path, model=None):
         session, rows, reference = loaded
         with OpenAIServer(served) as server:
-            endpoint = parity.Endpoint(server.base_url, KEY, model, 1, 60.0, 0)
-            abilities, records = parity.ask_server(endpoint, rows, folder, TOKENS, False)
+            address = Server(server.base_url, KEY, 1, 60.0, 0)
+            abilities, records = parity.ask_server(address, model, rows, folder, TOKENS, False)
         return parity.compare(session, rows, abilities, records, reference, None)
 
     return ask_it
@@ -224,9 +225,9 @@ def test_servers_that_cannot_be_used_are_refused_in_one_line(asked, model, loade
         return str(error.value)
 
     _, rows, _ = loaded
-    nobody = parity.Endpoint(f"http://127.0.0.1:{free_port()}/v1", KEY, None, 1, 5.0, 0)
+    nobody = Server(f"http://127.0.0.1:{free_port()}/v1", KEY, 1, 5.0, 0)
     with pytest.raises(UserError, match="does not answer: .*check base_url and that the server runs"):
-        parity.ask_server(nobody, rows, tmp_path, TOKENS, False)
+        parity.ask_server(nobody, None, rows, tmp_path, TOKENS, False)
     assert "serves a, b: name one with model=" in refused(ServedModel(*model, names=("a", "b")))
     assert "serves a, b, not c" in refused(ServedModel(*model, names=("a", "b")), model="c")
     assert "refuses an image" in refused(ServedModel(*model, images=False))
@@ -239,10 +240,10 @@ def test_a_server_that_breaks_off_is_gone_on_with(loaded, model, tmp_path):
     session, rows, reference = loaded
     served = ServedModel(*model, fail_after=7)
     with OpenAIServer(served) as server:
-        endpoint = parity.Endpoint(server.base_url, KEY, None, 1, 60.0, 0)
+        address = Server(server.base_url, KEY, 1, 60.0, 0)
 
         def ask_it():
-            return parity.ask_server(endpoint, rows, tmp_path, TOKENS, False)
+            return parity.ask_server(address, None, rows, tmp_path, TOKENS, False)
 
         with pytest.raises(UserError, match=r"\d of 9 answers are kept: the same command asks for the others"):
             ask_it()

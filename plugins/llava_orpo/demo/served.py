@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from ..data.conversation import expand_image_token
-from ..evaluation.served import Server, messages, names_on, one_line, settle
+from ..evaluation.served import names_on, settle
 from ..evaluation.session import Session, open_session
 from ..recipe import with_model
-from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, exact_data_url, stream_text
+from ..serving.chat import SCORING, answer_logps, messages, one_line, prompt_ids
+from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, Server, exact_data_url
 from .models import Comparison, ScoredAnswer, encode, encode_answers, readable
 
 Result = TypeVar("Result")
 
-SCORING = {"add_generation_prompt": False, "prompt_logprobs": 0, "max_tokens": 1, "temperature": 0}
 NO_LOGPS = (
     "This server does not give the log-probs of a prompt (prompt_logprobs), which the comparison is made of; vLLM "
     "does. The answers on the other tab need none."
@@ -72,7 +72,7 @@ class ServedCandidate:
         payload = {"model": self.label, "messages": chat, "max_tokens": max_new_tokens, "temperature": 0, **self.extra}
         text = ""
         try:
-            for piece in self.loop.iterate(stream_text(self.client, payload)):
+            for piece in self.loop.iterate(self.client.stream(payload)):
                 text += piece
                 yield text.strip()
             yield text.strip()
@@ -93,12 +93,12 @@ class ServedCandidate:
         return Comparison(*scored, scored[0].mean - scored[1].mean)
 
     def _scored(self, chat: list[dict[str, Any]], prompt: list[int], answer: list[int]) -> ScoredAnswer:
-        payload = {"model": self.label, "messages": chat, "return_token_ids": True, **SCORING, **self.extra}
+        payload = {"model": self.label, "messages": chat, **SCORING, **self.extra}
         try:
             body = self.loop.run(self.client.chat(payload))
         except (RequestFailed, EndpointUnusable) as error:
             raise ValueError(f"{NO_LOGPS} It says: {one_line(error)}") from None
-        entries, ids = body.get("prompt_logprobs"), body.get("prompt_token_ids")
+        entries, ids = body.get("prompt_logprobs"), prompt_ids(body)
         if not entries:
             raise ValueError(NO_LOGPS)
         if len(entries) != len(prompt) + len(answer) or (ids or [*prompt, *answer]) != [*prompt, *answer]:
@@ -106,8 +106,7 @@ class ServedCandidate:
                 f"The server reads {len(entries)} tokens where training reads {len(prompt) + len(answer)}, or others: "
                 "its scores would be of another text. evals/serve_parity.py says why."
             )
-        pairs = zip(answer, entries[-len(answer) :], strict=True)
-        logps = [entry[str(token)]["logprob"] for token, entry in pairs]
+        logps = answer_logps(body, answer)
         return ScoredAnswer(tuple(readable(self.session.tokenizer, answer, logps)), sum(logps), len(answer))
 
 
@@ -130,7 +129,7 @@ def load_served(
             asked = settle(client, name, FIRST_QUESTION, exact_data_url(out.getvalue()), len(ids))
             extra, tokens = loop.run(asked)
         except EndpointUnusable as error:
-            raise server.refuses(error) from None
+            raise server.unusable(error) from None
         if tokens and tokens != len(ids):
             warnings.append(
                 f"{name}: a prompt of {len(ids)} tokens in training has {tokens} on the server; the answers are to "

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +20,15 @@ from ..data.conversation import full_prompt_ids
 from ..errors import UserError
 from ..preference import scoring
 from ..serving.asking import ask_each
-from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, exact_data_url
+from ..serving.chat import messages, without_vision
+from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, Server, exact_data_url
 from .generation import Settings, prompt_seed
 from .resume import Saved, rows_digest
 from .session import Session
 
 GREETING_RETRIES = 1  # whether anything listens is found out within seconds
+KEPT = "Answers that came are kept; the same command asks for the others."
 SEED_BITS = 0x7FFFFFFF  # some servers read a seed as 32 bits
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where answers come from. timeout: seconds for one answer; request: more fields of every request, None drops one.
-
-    The key is in the environment variable `api_key_env` (see `ChatClient`).
-    """
-
-    base_url: str
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 16
-    timeout: float = 600.0
-    retries: int = 6
-    request: dict[str, Any] = field(default_factory=dict)
-
-    def client(self, retries: int | None = None) -> ChatClient:
-        """A new client, for one event loop."""
-        return ChatClient(self.base_url, self.api_key_env, self.timeout, self.retries if retries is None else retries)
-
-    def refuses(self, error: Exception) -> UserError:
-        """What the user is told when no request can succeed."""
-        return UserError(
-            f"{self.base_url} does not answer: {one_line(error)} Check base_url, the model's name and "
-            f"the key in {self.api_key_env}. Answers that came are kept; the same command asks for the others."
-        )
-
-
-def one_line(error: Exception) -> str:
-    """What a server said, as a sentence."""
-    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 def names_on(server: Server, wanted: Sequence[str]) -> list[str]:
@@ -85,7 +55,7 @@ async def _served(server: Server) -> list[str]:
     except (EndpointUnusable, RequestFailed) as error:
         if str(error).startswith("status ") and not str(error).startswith(("status 401", "status 403")):
             return []  # a server without a list of models
-        raise server.refuses(error) from None
+        raise server.unusable(error) from None
     finally:
         await client.close()
 
@@ -124,7 +94,7 @@ def answers(
             try:
                 asyncio.run(_answer_all(Asker(server, session, name, settings), waiting, done, failed, add))
             except EndpointUnusable as error:
-                raise server.refuses(error) from None
+                raise server.unusable(error, KEPT) from None
     return {position: done[position] for position in positions if position in done}, failed
 
 
@@ -228,15 +198,6 @@ async def picture_of(row: dict[str, Any]) -> str | None:
     return await asyncio.to_thread(lambda: exact_data_url(image_store.read_bytes(row["image"])))
 
 
-def messages(question: str, url: str | None, answer: str | None = None) -> list[dict[str, Any]]:
-    """A chat of one turn: the image, where `url` is one, then the question, and the answer where it is given."""
-    content: str | list = question
-    if url is not None:
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": content}]
-    return chat if answer is None else [*chat, {"role": "assistant", "content": answer}]
-
-
 async def settle(
     client: ChatClient, name: str, question: str, url: str | None, right: int
 ) -> tuple[dict[str, Any], int | None]:
@@ -263,10 +224,7 @@ async def settle(
         there = await count(url)
     except RequestFailed as error:
         if url is not None and await plain_text() is not None:
-            raise UserError(
-                f"{name} on {client.base_url} answers text but refuses an image: it needs a model with its vision "
-                f"part. The server says: {one_line(error)}"
-            ) from None
+            raise without_vision(name, client.base_url, error) from None
         raise EndpointUnusable(str(error)) from None
     if not there or there == right:
         return {}, there

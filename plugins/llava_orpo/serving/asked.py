@@ -11,18 +11,17 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
 from .asking import ask_each
-from .client import ChatClient, EndpointUnusable, RequestFailed, data_url
+from .chat import IDS, SCORING, answer_logps, messages, one_line, prompt_ids, without_vision
+from .client import EndpointUnusable, RequestFailed, Server, data_url
 from .reference import Row
 
 SIDES = ("chosen", "rejected")
 ANSWER = "answer"
-IDS = {"return_token_ids": True}
-SCORING = {"add_generation_prompt": False, "prompt_logprobs": 0, "max_tokens": 1, "temperature": 0, **IDS}
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,12 @@ class Abilities:
 
 
 class Asked:
-    """A server under the name `model`; requests go through `client`."""
+    """A server under the name `model`, for one event loop. `native` asks below its root, not below /v1."""
 
-    def __init__(
-        self, client: ChatClient, native: ChatClient, model: str | None, max_new_tokens: int, concurrency: int
-    ):
-        self.client, self.native = client, native
-        self.model, self.max_new_tokens, self.concurrency = model, max_new_tokens, concurrency
+    def __init__(self, server: Server, model: str | None, max_new_tokens: int):
+        root = server.base_url.rstrip("/").removesuffix("/v1")
+        self.client, self.native = server.client(), replace(server, base_url=root).client()
+        self.model, self.max_new_tokens, self.concurrency = model, max_new_tokens, server.concurrency
         self.abilities: Abilities | None = None
 
     async def greet(self, row: Row) -> Abilities:
@@ -67,10 +65,7 @@ class Asked:
             try:
                 await self.client.chat(self._payload(row.question, row.image, max_tokens=1))
             except RequestFailed as error:
-                raise UserError(
-                    f"{self.model} on {self.client.base_url} answers text but refuses an image; it needs a model with "
-                    f"its vision part. The server says: {_one_line(error)}"
-                ) from None
+                raise without_vision(self.model, self.client.base_url, error) from None
         self.abilities = Abilities(self.model, kind, ids, "", tokens, prompt_ids(body))
         logps = await self._logps_kind(row)
         self.abilities = Abilities(self.model, kind, ids, logps, tokens, prompt_ids(body))
@@ -103,14 +98,8 @@ class Asked:
         return ""
 
     def _payload(self, question: str, image: bytes | None, answer: str | None = None, **more) -> dict[str, Any]:
-        content: str | list = question
-        if image is not None:
-            picture = {"type": "image_url", "image_url": {"url": data_url(image)}}
-            content = [picture, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        return {"model": self.model, "messages": messages, "temperature": 0, **more}
+        chat = messages(question, None if image is None else data_url(image), answer)
+        return {"model": self.model, "messages": chat, "temperature": 0, **more}
 
     async def ask(self, task: tuple[str, Row]) -> dict[str, Any]:
         """The record of one task: the answer to a row, or the log-probs of one side of it. Raises as `ChatClient`."""
@@ -141,8 +130,7 @@ class Asked:
             ids, entries = prompt_ids(body), body.get("prompt_logprobs")
             if not ids or not entries or len(entries) != len(ids):
                 return None
-            pairs = zip(ids[-count:], entries[-count:], strict=True)
-            return ids, [entry[str(token)]["logprob"] for token, entry in pairs]
+            return ids, answer_logps(body, ids[-count:])
         payload = {
             "input_ids": [*row.plain_ids, *row.answer_ids[side]],
             "sampling_params": {"max_new_tokens": 1, "temperature": 0},
@@ -163,7 +151,7 @@ class Asked:
         async with aclosing(ask_each(tasks, self.ask, self.concurrency)) as answered:
             async for (what, row), found in answered:
                 if isinstance(found, RequestFailed):
-                    failed[f"{what} {row.position}"] = _one_line(found)
+                    failed[f"{what} {row.position}"] = one_line(found)
                 else:
                     add(found)
         return failed
@@ -171,16 +159,6 @@ class Asked:
     async def close(self) -> None:
         """Closes the connections."""
         await asyncio.gather(self.client.close(), self.native.close())
-
-
-def prompt_ids(body: dict[str, Any]) -> list[int] | None:
-    """The prompt's ids in a chat completion's body, where the server returns them."""
-    found = body.get("prompt_token_ids") or body["choices"][0].get("prompt_token_ids")
-    return list(found) if found else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 def _models(response) -> dict[str, Any] | None:

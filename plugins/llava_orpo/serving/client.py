@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -131,8 +132,61 @@ class ChatClient:
                 await asyncio.sleep(pause)
         raise RequestFailed(self._clean(f"no answer after {self.retries + 1} tries; the last: {problem}"))
 
+    async def stream(self, payload: dict[str, Any]) -> AsyncGenerator[str, None]:
+        """The pieces of a chat answer as the server writes them. Nothing is tried again; closing it ends the request.
+
+        Raises EndpointUnusable and RequestFailed as `ask`, and RequestFailed when the server stops midway.
+        """
+        address, whole = self.base_url + "/chat/completions", False
+        try:
+            async with self._client.stream("POST", address, json={**payload, "stream": True}) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    problem = self._clean(f"status {response.status_code}: {response.text[:300]}")
+                    raise EndpointUnusable(problem) if response.status_code in HOPELESS else RequestFailed(problem)
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if not line.startswith("data:") or data == "[DONE]":
+                        continue
+                    choice = _chunk(data)
+                    whole = whole or bool(choice.get("finish_reason"))
+                    if piece := (choice.get("delta") or {}).get("content"):
+                        yield piece
+        except httpx.TransportError as error:
+            raise RequestFailed(self._clean(f"{type(error).__name__}: {error}")) from None
+        if not whole:
+            raise RequestFailed("the stream ended before the answer was whole")
+
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where answers come from, for commands. The key is in the environment variable `api_key_env` (see `ChatClient`).
+
+    timeout: seconds for one answer; request: more fields of every request, None drops one.
+    """
+
+    base_url: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 16
+    timeout: float = 600.0
+    retries: int = 6
+    request: dict[str, Any] = field(default_factory=dict)
+
+    def client(self, retries: int | None = None) -> ChatClient:
+        """A new client, for one event loop."""
+        return ChatClient(self.base_url, self.api_key_env, self.timeout, self.retries if retries is None else retries)
+
+    def unusable(self, error: Exception, kept: str = "") -> UserError:
+        """What the user is told when the server cannot be asked. kept: a sentence about what it has answered before."""
+        text, advice = " ".join(str(error).split()).rstrip("."), "check base_url and that the server runs"
+        if "status 401" in text or "status 403" in text:
+            advice = f"put the right key into {self.api_key_env}"
+        elif "status 404" in text:
+            advice = "check base_url (it ends in /v1) and the model's name"
+        return UserError(f"{self.base_url} does not answer: {text}; {advice}.{kept and ' '}{kept}")
 
 
 def _answer(response: httpx.Response) -> dict[str, Any] | None:
@@ -200,32 +254,6 @@ def exact_data_url(data: bytes) -> str:
     out = io.BytesIO()
     picture.save(out, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-async def stream_text(client: ChatClient, payload: dict[str, Any]) -> AsyncGenerator[str, None]:
-    """The pieces of a chat answer as the server writes them. Nothing is tried again; closing it ends the request.
-
-    Raises EndpointUnusable and RequestFailed as `ChatClient.ask`, and RequestFailed when the server stops midway.
-    """
-    address, whole = client.base_url + "/chat/completions", False
-    try:
-        async with client._client.stream("POST", address, json={**payload, "stream": True}) as response:
-            if response.status_code != 200:
-                await response.aread()
-                problem = client._clean(f"status {response.status_code}: {response.text[:300]}")
-                raise EndpointUnusable(problem) if response.status_code in HOPELESS else RequestFailed(problem)
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
-                    continue
-                choice = _chunk(data)
-                whole = whole or bool(choice.get("finish_reason"))
-                if piece := (choice.get("delta") or {}).get("content"):
-                    yield piece
-    except httpx.TransportError as error:
-        raise RequestFailed(client._clean(f"{type(error).__name__}: {error}")) from None
-    if not whole:
-        raise RequestFailed("the stream ended before the answer was whole")
 
 
 def _chunk(data: str) -> dict[str, Any]:

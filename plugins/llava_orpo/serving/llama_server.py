@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from ..errors import UserError
+from .chat import messages
 from .client import ChatClient, data_url
 from .openvino_runner import Answer
 
@@ -78,15 +79,13 @@ class ServedModel:
 
     def ask(self, question: str, image: Any = None) -> Answer:
         """As `Runner.ask`."""
-        content: Any = question
+        url, data = None, io.BytesIO()
         if image is not None:
-            data = io.BytesIO()
             image.save(data, "PNG")
-            picture = {"type": "image_url", "image_url": {"url": data_url(data.getvalue())}}
-            content = [picture, {"type": "text", "text": question}]
+            url = data_url(data.getvalue())
         payload = {
             "model": "local",
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages(question, url),
             "max_tokens": self.max_new_tokens,
             "temperature": 0,
             "logprobs": True,

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..preference.records import PAIRS, ScoredPair, write_pairs
 from ..recipe import with_model
 from . import causes
 from .asked import ANSWER, SIDES, Abilities, Asked
-from .client import ChatClient, EndpointUnusable, RequestFailed
+from .client import EndpointUnusable, RequestFailed, Server
 from .reference import Reference, Row, gap_where_they_part, projector_state, read_rows, token_logps, with_projector
 
 REPORT = "serve_parity.json"
@@ -41,43 +40,17 @@ NOT_APPLIED = (
 WITHOUT_PROJECTOR = "the projector's part of the adapter is left out (vLLM: --enable-tower-connector-lora)"
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the server is. The key is in the environment variable `api_key_env`."""
-
-    base_url: str
-    api_key_env: str
-    model: str | None
-    concurrency: int
-    timeout: float
-    retries: int
-
-    def asked(self, max_new_tokens: int) -> Asked:
-        """A connection for one event loop."""
-        root = self.base_url.rstrip("/").removesuffix("/v1")
-        clients = [ChatClient(url, self.api_key_env, self.timeout, self.retries) for url in (self.base_url, root)]
-        return Asked(*clients, self.model, max_new_tokens, self.concurrency)
-
-    def unusable(self, error: Exception, kept: str = "") -> UserError:
-        """What the user is told when the server cannot be asked."""
-        text, advice = " ".join(str(error).split()).rstrip("."), "check base_url and that the server runs"
-        if "status 401" in text or "status 403" in text:
-            advice = f"put the right key into {self.api_key_env}"
-        elif "status 404" in text:
-            advice = "check base_url (it ends in /v1) and model="
-        return UserError(f"{self.base_url} does not answer: {text}; {advice}.{kept}")
-
-
 def check(
     recipe: dict[str, Any],
-    endpoint: Endpoint,
+    server: Server,
+    model: str | None,
     folder: Path,
     max_rows: int,
     max_new_tokens: int,
     tolerance: float | None,
     restart: bool,
 ) -> dict[str, Any]:
-    """Compares the server with the recipe's model on `max_rows` held-out pairs; writes serve_parity.json into `folder`.
+    """Compares `model` on the server with the recipe's on `max_rows` held-out pairs, as serve_parity.json in `folder`.
 
     Answers that came before an interruption are kept in `folder` and not asked again. Returns the report.
     Raises UserError for a server that cannot be used, and for a set without a usable row.
@@ -89,7 +62,7 @@ def check(
         rows, bad = read_rows(session, evenly(range(len(session.rows)), max_rows))
         if not rows:
             raise UserError(f"No row can be asked: {next(iter(bad.values()), 'the evaluation set is empty')}")
-        abilities, records = ask_server(endpoint, rows, folder, max_new_tokens, restart)
+        abilities, records = ask_server(server, model, rows, folder, max_new_tokens, restart)
         reference = Reference(session, folder, max_new_tokens)
         report = None
         if not reference.missing(rows):
@@ -107,10 +80,10 @@ def check(
     ):
         report["causes"] += adapter_causes(recipe, folder, rows, records, report["tolerance"])
     report["unreadable_images"] = bad
-    report["base_url"], report["model"] = endpoint.base_url, abilities.model
+    report["base_url"], report["model"] = server.base_url, abilities.model
     report["reference"]["model"] = recipe.get("adapter_name_or_path") or recipe["model_name_or_path"]
     answers = [records[ANSWER, row.position] for row in rows]
-    report["server"]["tokens_per_second"] = _rate(answers, endpoint.concurrency)
+    report["server"]["tokens_per_second"] = _rate(answers, server.concurrency)
     write_json(folder / REPORT, report)
     if report["accuracy"]:
         write_pairs(folder / f"{PAIRS}.jsonl", server_pairs(rows, records))
@@ -118,25 +91,25 @@ def check(
 
 
 def ask_server(
-    endpoint: Endpoint, rows: Sequence[Row], folder: Path, max_new_tokens: int, restart: bool
+    server: Server, model: str | None, rows: Sequence[Row], folder: Path, max_new_tokens: int, restart: bool
 ) -> tuple[Abilities, dict[tuple[str, int], dict[str, Any]]]:
     """(what the server can do, {(what, position): record}), with what an interrupted run has asked already."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.position, row.image_hash, row.prompt_ids, row.answer_ids]).encode())
-    parts = [endpoint.base_url, endpoint.model, max_new_tokens, digest.hexdigest()]
+    parts = [server.base_url, model, max_new_tokens, digest.hexdigest()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = folder / ".parity_server.jsonl"
-    return asyncio.run(_ask_server(endpoint, rows, path, key, max_new_tokens, restart))
+    return asyncio.run(_ask_server(server, model, rows, path, key, max_new_tokens, restart))
 
 
-async def _ask_server(endpoint, rows, path, key, max_new_tokens, restart):
-    asked = endpoint.asked(max_new_tokens)
+async def _ask_server(server, model, rows, path, key, max_new_tokens, restart):
+    asked = Asked(server, model, max_new_tokens)
     try:
         try:
             abilities = await asked.greet(rows[0])
         except (EndpointUnusable, RequestFailed) as error:
-            raise endpoint.unusable(error) from None
+            raise server.unusable(error) from None
         saved = Saved(path, key, restart)
         if saved.records and not await _still_the_same(asked, rows, saved.records):
             saved = Saved(path, key, restart=True)
@@ -151,16 +124,16 @@ async def _ask_server(endpoint, rows, path, key, max_new_tokens, restart):
                 done[record["what"], record["position"]] = record
 
             def kept() -> str:
-                return f" {len(done)} of {len(tasks)} answers are kept: the same command asks for the others."
+                return f"{len(done)} of {len(tasks)} answers are kept: the same command asks for the others."
 
             try:
                 failed = await asked.run(waiting, keep)
             except EndpointUnusable as error:
-                raise endpoint.unusable(error, kept()) from None
+                raise server.unusable(error, kept()) from None
         if failed:
             what, why = next(iter(failed.items()))
             raise UserError(
-                f"{len(failed)} of {len(tasks)} requests to {endpoint.base_url} failed; {what}: {why}{kept()}"
+                f"{len(failed)} of {len(tasks)} requests to {server.base_url} failed; {what}: {why} {kept()}"
             )
         path.unlink()  # a next run asks the server as it is then
         return abilities, done
@@ -189,52 +162,11 @@ def compare(
     """The report on what the server said. session: with its model for the causes that need it."""
     precision = reference[rows[0].position]["precision"]
     tolerance = TOLERANCE.get(precision.split()[0], TOLERANCE["float32"]) if tolerance is None else tolerance
-    answers = {row.position: records[ANSWER, row.position] for row in rows}
-    found: list[str] = []
-    found += causes.prompt_causes(
-        session.template.conversation,
-        session.tokenizer,
-        session.image_token_id,
-        rows,
-        answers,
-        abilities.text_tokens,
-        abilities.text_ids,
-    )
     logps = _compare_logps(rows, records, reference, tolerance) if abilities.logps else None
-    lines = []
-    for row in rows:
-        record, ours = answers[row.position], reference[row.position]
-        ids, count = record["prompt_ids"], record["prompt_tokens"]
-        line = {
-            "pair_id": row.pair_id,
-            "dataset": row.dataset,
-            "question": row.question,
-            "prompt_tokens": [count, len(row.prompt_ids)],
-            "prompt_ids_equal": None if ids is None else ids == row.prompt_ids,
-            "answer": record["answer"],
-            "reference_answer": ours["answer"],
-            "answers_equal": record["answer"] == ours["answer"],
-            "finish": record["finish"],
-        }
-        if logps:
-            line["worst_logp_difference"] = logps["worst_of_row"][row.position]
-        if not line["answers_equal"]:
-            differs = line["prompt_ids_equal"] is False or (count is not None and count != len(row.prompt_ids))
-            if session.model and not differs:
-                line["gap"] = gap_where_they_part(session, row, ours["answer"], record["answer"])
-            line["why"] = causes.answer_cause(row, record, ours["answer"], differs, line.get("gap"), tolerance)
-        lines.append(line)
-    why = Counter(line["why"] for line in lines if "why" in line)
-    found += [f"{count} answers: {cause}" for cause, count in why.most_common() if cause != causes.OTHER_PROMPT]
-    if logps and not logps["equal"] and session.model:
-        found += sorted(
-            {
-                cause
-                for row in rows
-                if (cause := causes.image_cause(row.image)) and logps["worst_of_row"][row.position] > tolerance
-            }
-            - set(found)
-        )
+    lines = [
+        _compare_row(session, row, records[ANSWER, row.position], reference[row.position]["answer"], logps, tolerance)
+        for row in rows
+    ]
     told = [line["prompt_tokens"] for line in lines if line["prompt_tokens"][0] is not None]
     counts = [there == right for there, right in told]
     ids = [line["prompt_ids_equal"] for line in lines if line["prompt_ids_equal"] is not None]
@@ -248,16 +180,9 @@ def compare(
         "tolerance": tolerance,
         "logps": {key: value for key, value in logps.items() if key != "worst_of_row"} if logps else None,
         "accuracy": _accuracy(session, rows, records, reference) if logps and logps["scored"] else None,
-        "causes": list(dict.fromkeys(found)),
+        "causes": _causes(session, rows, abilities, records, lines, logps, tolerance),
         "rows": lines,
     }
-    if (
-        logps
-        and not report["causes"]
-        and not logps["equal"]
-        and tolerance < (logps["worst"] or 0) < TOLERANCE["bfloat16"]
-    ):
-        report["causes"].append(ROUNDING)
     n, accuracy = len(rows), report["accuracy"]
     report["equal"] = (
         report["prompt_counts_equal"] in (None, n)
@@ -268,6 +193,53 @@ def compare(
     )
     report["reference"]["tokens_per_second"] = _rate([reference[row.position] for row in rows], 1)
     return report
+
+
+def _compare_row(session: Session, row: Row, record: Mapping, ours: str, logps: Mapping | None, tolerance: float):
+    """One row's line of the report; where the answers differ, with the reason."""
+    ids, count = record["prompt_ids"], record["prompt_tokens"]
+    line = {
+        "pair_id": row.pair_id,
+        "dataset": row.dataset,
+        "question": row.question,
+        "prompt_tokens": [count, len(row.prompt_ids)],
+        "prompt_ids_equal": None if ids is None else ids == row.prompt_ids,
+        "answer": record["answer"],
+        "reference_answer": ours,
+        "answers_equal": record["answer"] == ours,
+        "finish": record["finish"],
+    }
+    if logps:
+        line["worst_logp_difference"] = logps["worst_of_row"][row.position]
+    if not line["answers_equal"]:
+        differs = line["prompt_ids_equal"] is False or (count is not None and count != len(row.prompt_ids))
+        if session.model and not differs:
+            line["gap"] = gap_where_they_part(session, row, ours, record["answer"])
+        line["why"] = causes.answer_cause(row, record, ours, differs, line.get("gap"), tolerance)
+    return line
+
+
+def _causes(session: Session, rows, abilities: Abilities, records, lines, logps, tolerance: float) -> list[str]:
+    """Why prompts, answers and log-probs differ, each cause once."""
+    found = causes.prompt_causes(
+        session.template.conversation,
+        session.tokenizer,
+        session.image_token_id,
+        rows,
+        {row.position: records[ANSWER, row.position] for row in rows},
+        abilities.text_tokens,
+        abilities.text_ids,
+    )
+    why = Counter(line["why"] for line in lines if "why" in line)
+    found = found + [f"{count} answers: {cause}" for cause, count in why.most_common() if cause != causes.OTHER_PROMPT]
+    if not logps or logps["equal"]:
+        return list(dict.fromkeys(found))
+    if session.model:
+        off = [row for row in rows if logps["worst_of_row"][row.position] > tolerance]
+        found += sorted({cause for row in off if (cause := causes.image_cause(row.image))})
+    if not found and tolerance < (logps["worst"] or 0) < TOLERANCE["bfloat16"]:
+        found.append(ROUNDING)
+    return list(dict.fromkeys(found))
 
 
 def _compare_logps(rows, records, reference, tolerance) -> dict[str, Any]:
