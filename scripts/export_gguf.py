@@ -73,11 +73,11 @@ def compare(argv: list[str]) -> int:
     own = command.own
     from llava_orpo.export.gguf_folder import find_files
     from llava_orpo.files import write_json
-    from llava_orpo.serving import openvino_parity as parity
     from llava_orpo.serving.llama_parity import compare_served, table
+    from llava_orpo.serving.side_by_side import read_rows
 
     model, projector = find_files(own["gguf"], own["model"])
-    rows = parity.read_rows(own["data"], own["rows"])
+    rows = read_rows(own["data"], own["rows"])
     folder = own["output_dir"] or Path("outputs/evals") / f"{command.file.name}-gguf"
     options = (own["max_new_tokens"], own["restart"])
     summary = compare_served(command.file, model, projector, rows, folder, *options)

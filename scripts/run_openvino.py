@@ -15,7 +15,7 @@ and everything is computed in fp32 whatever the weights are stored in. Keys of t
     compare  forms                exported folders, comma-separated
              data, rows 20        questions from a parquet in RLAIF-V's schema; rows=0 takes all
              score                true: also score both answers of every row (preference accuracy, token log-probs)
-             output_dir           default outputs/evals/<model>-openvino: parity.json, answers.jsonl
+             output_dir           default outputs/evals/<model>-openvino: parity.json, and every side's answers
              max_new_tokens 256, restart
 
 `compare` runs transformers and OpenVINO in one process with the same number of threads (OMP_NUM_THREADS decides).
@@ -82,8 +82,8 @@ def ask(argv: list[str]) -> int:
 
     from llava_orpo.data.images import decode_rgb
     from llava_orpo.files import write_json
-    from llava_orpo.serving.openvino_parity import read_rows
     from llava_orpo.serving.openvino_runner import Runner
+    from llava_orpo.serving.side_by_side import read_rows
 
     question, image = own["question"], None
     if own["data"]:
@@ -106,11 +106,12 @@ def compare(argv: list[str]) -> int:
     from llava_orpo.files import write_json
     from llava_orpo.serving import openvino_parity as parity
     from llava_orpo.serving.openvino_runner import check_folder
+    from llava_orpo.serving.side_by_side import read_rows
 
     forms = [Path(name) for name in own["forms"].split(",")]
     for form in forms:
         check_folder(form)
-    rows = parity.read_rows(own["data"], own["rows"])
+    rows = read_rows(own["data"], own["rows"])
     folder = own["output_dir"] or Path("outputs/evals") / f"{command.file.name}-openvino"
     options = (own["max_new_tokens"], own["score"], own["restart"])
     summary = parity.compare(command.file, forms, rows, folder, *options)

@@ -18,8 +18,9 @@ from llava_orpo.checkpoint.files import CheckpointError
 from llava_orpo.data.conversation import CONVERSATIONS
 from llava_orpo.errors import UserError
 from llava_orpo.export.openvino import export
-from llava_orpo.serving import openvino_parity as parity
-from llava_orpo.serving.openvino_runner import Answer, check_folder, prompt_text
+from llava_orpo.serving import side_by_side
+from llava_orpo.serving.openvino_runner import check_folder, prompt_text
+from llava_orpo.serving.side_by_side import Answer
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -54,8 +55,8 @@ def test_wrong_words_are_refused_in_one_line(capsys):
 
 def test_an_interrupted_comparison_asks_only_what_is_missing(tmp_path):
     write_rows(tmp_path, photo_rows(3, 1))
-    rows = parity.read_rows(tmp_path / "rows.parquet", 0)
-    assert len(rows) == 3 and len(parity.read_rows(tmp_path / "rows.parquet", 2)) == 2
+    rows = side_by_side.read_rows(tmp_path / "rows.parquet", 0)
+    assert len(rows) == 3 and len(side_by_side.read_rows(tmp_path / "rows.parquet", 2)) == 2
 
     class Side:
         asked = 0
@@ -66,24 +67,26 @@ def test_an_interrupted_comparison_asks_only_what_is_missing(tmp_path):
                 raise KeyboardInterrupt
             return Answer(question, 5, 2, -1.0, 0.5)
 
-    side, file = Side(), tmp_path / "answers.jsonl"
-    with pytest.raises(KeyboardInterrupt), parity.Kept(file, False).adding() as keep:
-        parity.ask_all(side, rows, "side", keep, ("model",))
+    def ask(model="model"):
+        return side_by_side.ask_all(side, rows, "side", side_by_side.saved_answers(tmp_path, "m", model, False))
+
+    side = Side()
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    (file,) = tmp_path.glob("answers_*.jsonl")
     with file.open("a") as out:
-        out.write('{"key": ["cut')
-    with parity.Kept(file, False).adding() as keep:
-        answers = parity.ask_all(side, rows, "side", keep, ("model",))
-    assert side.asked == 4 and [answer.text for answer in answers] == [row.question for row in rows]
-    with parity.Kept(file, False).adding() as keep:  # another model's answers are not taken
-        parity.ask_all(side, rows, "side", keep, ("other",))
+        out.write('{"row": 1, "cut')
+    assert [answer.text for answer in ask()] == [row.question for row in rows] and side.asked == 4
+    assert ask() and side.asked == 4
+    ask("other")  # another model's answers are not taken
     assert side.asked == 7
 
 
 def test_what_differs_is_counted_and_listed():
-    rows = [parity.Row("q", chosen, "r", None) for chosen in ("one", "two")]
+    rows = [side_by_side.Row("q", chosen, "r", None) for chosen in ("one", "two")]
     theirs = [Answer("one", 7, 4, -1.0, 1.0), Answer("two", 8, 4, -1.0, 1.0)]
     mine = [Answer("one", 7, 4, -1.4, 0.5), Answer("three", 9, 4, -9.0, 0.5)]
-    found = parity.summarize_answers(mine, theirs, rows)
+    found = side_by_side.summarize_answers(mine, theirs, rows)
     assert found["prompt_tokens_equal"] == found["answers_equal"]["count"] == found["answers_chosen"]["count"] == 1
     assert found["answer_logp_difference"] == pytest.approx(0.1) and found["tokens_per_second"] == 8
     assert [one["row"] for one in found["different"]] == [1]

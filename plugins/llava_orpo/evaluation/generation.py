@@ -24,8 +24,9 @@ from ..files import evenly
 from ..preference import scoring
 from ..recipe import model_label, with_model
 from ..step.attention import unwrap
-from .resume import Saved, fingerprint
+from .resume import fingerprint
 from .sampling import SeededSampling
+from .saved import Saved
 from .session import Session
 
 SIDES = ("chosen", "rejected")

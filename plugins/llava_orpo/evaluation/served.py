@@ -23,7 +23,8 @@ from ..serving.asking import ask_each
 from ..serving.chat import messages, without_vision
 from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, Server, exact_data_url
 from .generation import Settings, prompt_seed
-from .resume import Saved, rows_digest
+from .resume import rows_digest
+from .saved import Saved
 from .session import Session
 
 GREETING_RETRIES = 1  # whether anything listens is found out within seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .llama_server import ServedModel, serving
-from .openvino_parity import Answer, Kept, Reference, Row, ask_all, fingerprint, summarize_answers
+from .side_by_side import Answer, Reference, Row, ask_all, fingerprint, saved_answers, summarize_answers
 
 
 class WithoutImages:
@@ -33,18 +33,21 @@ def compare_served(
     summary |= {"threads": threads, "bytes": gguf.stat().st_size + projector.stat().st_size}
     kinds = {"texts": WithoutImages, "images": lambda side: side}
     theirs: dict[str, list[Answer]] = {}
-    with Kept(folder / "answers.jsonl", restart).adding() as keep:
-        reference = Reference(model, max_new_tokens, threads, cut=True)  # as the GGUF file is
+    reference = Reference(model, max_new_tokens, threads, cut=True)  # as the GGUF file is
+    for kind, view in kinds.items():
+        key = f"{fingerprint(model)} cut {kind} {max_new_tokens}"
+        saved = saved_answers(folder, str(model), key, restart, kind)
+        theirs[kind] = ask_all(view(reference), rows, f"transformers, {kind}", saved)
+    del reference
+    with serving(gguf, projector, folder / "llama-server.log", threads) as base_url:
+        served = ServedModel(base_url, max_new_tokens)
         for kind, view in kinds.items():
-            what = (fingerprint(model), "cut", kind, max_new_tokens)
-            theirs[kind] = ask_all(view(reference), rows, f"transformers, {kind}", keep, what)
-        del reference
-        with serving(gguf, projector, folder / "llama-server.log", threads) as base_url:
-            served = ServedModel(base_url, max_new_tokens)
-            for kind, view in kinds.items():
-                name = f"{gguf} {projector} {gguf.stat().st_mtime_ns} {projector.stat().st_mtime_ns}"
-                mine = ask_all(view(served), rows, f"llama-server, {kind}", keep, (name, kind, max_new_tokens))
-                summary[kind] = summarize_answers(mine, theirs[kind], rows)
+            times = f"{gguf.stat().st_mtime_ns} {projector.stat().st_mtime_ns}"
+            key = f"{gguf} {projector} {times} {kind} {max_new_tokens}"
+            saved = saved_answers(folder, str(gguf), key, restart, kind)
+            summary[kind] = summarize_answers(
+                ask_all(view(served), rows, f"llama-server, {kind}", saved), theirs[kind], rows
+            )
     return summary
 
 

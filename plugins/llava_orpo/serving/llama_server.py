@@ -18,7 +18,7 @@ import httpx
 from ..errors import UserError
 from .chat import messages
 from .client import ChatClient, data_url
-from .openvino_runner import Answer
+from .side_by_side import Answer
 
 KEY_ENV = "LLAVA_ORPO_LLAMA_SERVER_KEY"  # never set: the server listens on 127.0.0.1, for us, without a key
 START_SECONDS = 300

@@ -11,7 +11,7 @@ Needs openvino-genai, transformers and torchvision (requirements/openvino.txt); 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,13 @@ from ..checkpoint.files import CheckpointError, read_json
 from ..data.anyres import processor_geometry
 from ..data.conversation import Conversation, expand_image_token
 from ..errors import UserError
+from .side_by_side import Answer
 
 LANGUAGE_MODEL = "openvino_language_model.xml"
 IMAGE_TAG = "<ov_genai_image_0>"
 TAGS = ("<ov_genai_image_", "<ov_genai_video_")
 # A CPU that has bf16 or int8 units computes in them unless told otherwise, and caches keys and values in 8 bits.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer.
-
-    Attributes:
-        text: without special tokens and outer blanks.
-        prompt_tokens: as the runtime counted them, image tokens included.
-        tokens: generated, the end token included.
-        logp: log-probability of the whole answer, in nats.
-        seconds: from the decoded image to the text.
-    """
-
-    text: str
-    prompt_tokens: int
-    tokens: int
-    logp: float
-    seconds: float
 
 
 def prompt_text(conversation: Conversation, question: str, has_image: bool) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation.resume import Saved
+from ..evaluation.saved import Saved
 from ..evaluation.session import Session, open_session
 from ..files import evenly, write_json
 from ..preference import metrics

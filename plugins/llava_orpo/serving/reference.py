@@ -21,7 +21,8 @@ import torch
 from ..data import image_store, images
 from ..data.conversation import expand_image_token
 from ..evaluation.generation import SIDES, answer_batch, batch_inputs
-from ..evaluation.resume import Saved, fingerprint
+from ..evaluation.resume import fingerprint
+from ..evaluation.saved import Saved
 from ..evaluation.session import Session
 from ..preference import scoring
 from ..step.attention import unwrap
