@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -37,14 +38,18 @@ def view(pairs: Sequence[AnswerPair], store: VoteStore, seed: int, rater: str, i
     return {"progress": progress, "image": image, "question": pair.question, "left": left, "right": right}
 
 
-def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
-    """The Gradio Blocks. The server keeps the rater's name and the index of the pair per browser session."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio as gr
+class Booth:
+    """What the page's buttons do. A handler gets the rater's name and the index of the pair of its browser session."""
 
-    def show(rater: str, index: int):
-        seen = view(pairs, store, seed, rater, index)
-        open_ = index < len(pairs)
+    def __init__(self, pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
+        self.pairs, self.store, self.seed = pairs, store, seed
+
+    def show(self, rater: str, index: int) -> list:
+        """Everything on the page for one pair, in the order of `make_page`'s `shown`."""
+        import gradio as gr
+
+        seen = view(self.pairs, self.store, self.seed, rater, index)
+        open_ = index < len(self.pairs)
         return [
             rater,
             index,
@@ -59,24 +64,33 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
             gr.update(visible=True),
         ]
 
-    def start(name: str):
+    def start(self, name: str) -> list:
+        """The first pair without this rater's vote."""
+        import gradio as gr
+
         try:
-            voted = store.outcomes(name.strip(), pairs)
+            voted = self.store.outcomes(name.strip(), self.pairs)
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        return show(name.strip(), next_unvoted(pairs, voted))
+        return self.show(name.strip(), next_unvoted(self.pairs, voted))
 
-    def vote(choice: str):
-        def handler(rater: str, index: int):
-            if index < len(pairs):  # a second click can arrive after the last pair
-                store.add(rater, pairs[index], choice, flipped(seed, rater, pairs[index]))
-            return show(rater, next_unvoted(pairs, store.outcomes(rater, pairs), index + 1))
+    def vote(self, choice: str, rater: str, index: int) -> list:
+        """Keeps a vote and shows the next pair without one."""
+        if index < len(self.pairs):  # a second click can arrive after the last pair
+            self.store.add(rater, self.pairs[index], choice, flipped(self.seed, rater, self.pairs[index]))
+        return self.show(rater, next_unvoted(self.pairs, self.store.outcomes(rater, self.pairs), index + 1))
 
-        return handler
+    def back(self, rater: str, index: int) -> list:
+        """The pair before."""
+        return self.show(rater, max(index - 1, 0))
 
-    def back(rater: str, index: int):
-        return show(rater, max(index - 1, 0))
 
+def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
+    """The Gradio Blocks. The server keeps the rater's name and the index of the pair per browser session."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio as gr
+
+    booth = Booth(pairs, store, seed)
     # System fonts: the default theme would load fonts from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with gr.Blocks(title="Which answer is better?", theme=theme, analytics_enabled=False) as page:
@@ -106,11 +120,11 @@ def make_page(pairs: Sequence[AnswerPair], store: VoteStore, seed: int):
                 ]
             previous = gr.Button("Back to the pair before", size="sm", elem_id="back")
         shown = [rater, index, progress, image, question, left, right, *buttons, previous, entrance, room]
-        begin.click(start, name, shown, api_name="start")
-        name.submit(start, name, shown, api_name=False)
+        begin.click(booth.start, name, shown, api_name="start")
+        name.submit(booth.start, name, shown, api_name=False)
         for button, choice in zip(buttons, ("left", "tie", "right"), strict=True):
-            button.click(vote(choice), [rater, index], shown, api_name=f"vote_{choice}")
-        previous.click(back, [rater, index], shown, api_name="back")
+            button.click(functools.partial(booth.vote, choice), [rater, index], shown, api_name=f"vote_{choice}")
+        previous.click(booth.back, [rater, index], shown, api_name="back")
     return page
 
 
