@@ -22,7 +22,7 @@ from PIL import Image
 
 import demo
 from helpers.paths import ROOT
-from helpers.recipes import SMALL, photo_rows, random_model, recipe, write_rows
+from helpers.recipes import SMALL, random_model, recipe
 from helpers.serving import accepts, free_port, picture, png, random_adapter, server
 from llava_orpo.checkpoint.files import CheckpointError
 from llava_orpo.data import images
@@ -36,27 +36,6 @@ pytestmark = pytest.mark.xdist_group("demo")  # one server for all of them
 EVIL = "</p><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 QUESTION = "What is in the picture?"
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Rows, an adapter with an effect, and a recipe that names them."""
-    folder = tmp_path_factory.mktemp("demo")
-    write_rows(folder, photo_rows(3, 2))
-    random_adapter(random_model(), folder / "adapter")
-    keys = recipe(folder, {"eval_dataset": "rows", "finetuning_type": "lora"})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return yaml.safe_load((folder / "recipe.yaml").read_text())
-
-
-@pytest.fixture(scope="module")
-def candidates(folder, keys):
-    return models.load_candidates(keys, str(folder / "adapter"), str(folder / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +313,14 @@ def fill(page, label: str, text: str) -> None:
     page.get_by_label(label, exact=True).fill(text)
 
 
+def judge_both(page, a: str, b: str) -> None:
+    page.get_by_role("tab", name="Compare two answers").click()
+    fill(page, "Answer A", a)
+    fill(page, "Answer B", b)
+    page.click("#judge")
+    page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
+
+
 def ask_both(page) -> list[str]:
     page.click("#ask")
     page.wait_for_function("document.querySelectorAll('.answer[data-state=done] .said').length == 2")
@@ -363,11 +350,7 @@ def test_browser_shows_which_answer_each_model_prefers(page, candidates):
     upload(page, "boat.png", image)
     page.wait_for_selector("#picture img")
     fill(page, "Question", QUESTION)
-    page.get_by_role("tab", name="Compare two answers").click()
-    fill(page, "Answer A", a)
-    fill(page, "Answer B", b)
-    page.click("#judge")
-    page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
+    judge_both(page, a, b)
     for role, candidate in zip(("base", "aligned"), candidates, strict=True):
         card = page.locator(f".{role}[data-margin]")
         expected = models.compare(candidate, image, QUESTION, a, b)
@@ -494,11 +477,7 @@ def test_browser_against_vllm_several_users_at_once(browser, wide, served_addres
         assert said == texts
     page, image = pages[0], png(images[0])
     a, b = "A red boat.", "Two cats on a bench."
-    page.get_by_role("tab", name="Compare two answers").click()
-    fill(page, "Answer A", a)
-    fill(page, "Answer B", b)
-    page.click("#judge")
-    page.wait_for_function("document.querySelectorAll('.answer[data-margin]').length == 2")
+    judge_both(page, a, b)
     for role, candidate in zip(("base", "aligned"), candidates, strict=True):
         margin = float(page.locator(f".{role}[data-margin]").get_attribute("data-margin"))
         assert margin == pytest.approx(models.compare(candidate, image, QUESTION, a, b).margin, abs=2e-5)

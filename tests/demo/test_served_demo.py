@@ -6,14 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import yaml
 
 import demo
-from helpers.recipes import photo_rows, random_model, recipe, write_rows
-from helpers.serving import picture, png, random_adapter
+from helpers.local_server import JsonHandler, LocalServer
+from helpers.serving import picture, png
 from llava_orpo.demo import models, page, served
 from llava_orpo.errors import UsageError, UserError
 from llava_orpo.serving.client import Server
@@ -22,7 +20,7 @@ QUESTION = "What is in the picture?"
 TOKENS = 12
 
 
-class StreamServer:
+class StreamServer(LocalServer):
     """OpenAI's chat endpoint on 127.0.0.1: `answer(body)` gives a whole answer's body, or the pieces of a stream.
 
     pause: seconds between two pieces. closed: how many streams a client left before their end; most: requests at once.
@@ -33,19 +31,12 @@ class StreamServer:
         self.bodies: list[dict] = []
         outer, lock = self, threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):
-                self.whole({"data": [{"id": name} for name in names]})
-
-            def whole(self, body: dict, status: int = 200) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.send(200, {"data": [{"id": name} for name in names]})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with lock:
                     outer.bodies.append(body)
                     outer.now += 1
@@ -53,7 +44,7 @@ class StreamServer:
                 try:
                     found = answer(body)
                     if isinstance(found, dict):
-                        self.whole(found, 400 if "error" in found else 200)
+                        self.send(400 if "error" in found else 200, found)
                         return
                     self.send_response(200)
                     self.end_headers()
@@ -68,20 +59,7 @@ class StreamServer:
                     with lock:
                         outer.now -= 1
 
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> StreamServer:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 def pieces(*texts: str, whole: bool = True) -> list[dict]:
@@ -93,26 +71,6 @@ def pieces(*texts: str, whole: bool = True) -> list[dict]:
 def completion(tokens: int | None = None, **more) -> dict:
     usage = {"usage": {"prompt_tokens": tokens}} if tokens else {}
     return {"choices": [{"message": {"content": "x"}}], **usage, **more}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served-demo")
-    write_rows(folder, photo_rows(3, 2))
-    random_adapter(random_model(), folder / "adapter")
-    keys = recipe(folder, {"eval_dataset": "rows", "finetuning_type": "lora"})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return yaml.safe_load((folder / "recipe.yaml").read_text())
-
-
-@pytest.fixture(scope="module")
-def local(folder, keys):
-    return models.load_candidates(keys, str(folder / "adapter"), str(folder / "out"))
 
 
 def load(keys, folder, running: StreamServer):
@@ -176,12 +134,12 @@ def test_what_the_server_breaks_is_a_message(keys, folder, stream, message):
             list(base.stream_answer(png(picture(50, 50)), QUESTION, TOKENS))
 
 
-def test_scores_are_the_local_ones(keys, folder, local):
+def test_scores_are_the_local_ones(keys, folder, candidates):
     """The stub scores with the local model what it is asked to score, as vLLM's `prompt_logprobs`."""
     import torch
 
     image, a, b = png(picture(120, 80)), "A red boat.", "Two cats on a bench."
-    base = local[0]
+    base = candidates[0]
     row = models.encode_answers(base.session, image, QUESTION, a, b)
     prompt, picture_ = models.encode(base.session, image, QUESTION)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jinja2
@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerFast
 
 from helpers.checkpoints import published_7b
+from helpers.commands import run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, photo_rows, random_model, write_rows
 from llava_orpo.checkpoint.files import CheckpointError
@@ -150,14 +151,4 @@ def written(file: Path, *keys: str) -> list:
     return json.loads(subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout)
 
 
-def run(*words):
-    env = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "GGUF_VENV": "outputs/test-cache/venv-gguf",
-        "OMP_NUM_THREADS": "1",
-    }
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+run = functools.partial(run_script, GGUF_VENV="outputs/test-cache/venv-gguf")

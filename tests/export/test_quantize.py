@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from helpers.commands import exit_code
+from helpers.commands import exit_code, run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, photo_rows, random_model, write_rows
 from llava_orpo.checkpoint.files import CheckpointError, processor_files
@@ -248,18 +247,7 @@ def quantize_command():
     return command
 
 
-def run(*words, timeout=1800):
-    env = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "QUANTIZE_VENV": "outputs/test-cache/venv-quantize",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [str(word) for word in words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+run = functools.partial(run_script, QUANTIZE_VENV="outputs/test-cache/venv-quantize")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
+
+from helpers.local_server import JsonHandler, LocalServer
 
 
 class Reply:
@@ -21,7 +23,7 @@ class Reply:
         self.status, self.headers, self.delay = status, headers or {}, delay
 
 
-class JudgeServer:
+class JudgeServer(LocalServer):
     """`behave(request, number)` gives the Reply; `requests` keeps (body, headers, seconds since start).
 
     models: the names that the server lists; it has no list without them.
@@ -33,16 +35,13 @@ class JudgeServer:
         lock, start = threading.Lock(), time.monotonic()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):
-                data = json.dumps({"data": [{"id": name} for name in models]}).encode()
-                self.send_response(200 if models and self.path == "/v1/models" else 404)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                known = models and self.path == "/v1/models"
+                self.send(200 if known else 404, {"data": [{"id": name} for name in models]})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with lock:
                     outer.requests.append((body, dict(self.headers), time.monotonic() - start))
                     number = len(outer.requests)
@@ -52,31 +51,10 @@ class JudgeServer:
                 time.sleep(reply.delay)
                 with lock:
                     outer.at_once -= 1
-                data = reply.body.encode()
-                try:
-                    self.send_response(reply.status)
-                    for name, value in {"Content-Length": str(len(data)), **reply.headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except (BrokenPipeError, ConnectionResetError):  # the client gave up
-                    pass
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
+                    self.send_bytes(reply.status, reply.body.encode(), reply.headers)
 
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    def __enter__(self) -> JudgeServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 def shown(request: dict) -> tuple[str, str, str, str | None]:

@@ -7,10 +7,11 @@ import io
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from PIL import Image
+
+from helpers.local_server import JsonHandler, LocalServer
 
 
 @dataclass
@@ -94,22 +95,22 @@ class ServedModel:
         return {"text": text, "meta_info": {"input_token_logprobs": entries}}
 
 
-class OpenAIServer:
+class OpenAIServer(LocalServer):
     """Serves a ServedModel until the block ends; `base_url` is its address."""
 
     def __init__(self, served: ServedModel):
         lock = threading.Lock()
         known = {"model", "messages", "max_tokens", "temperature"}
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):
                 if self._refused():
                     return
                 data = [{"id": name, "owned_by": served.owner} for name in served.names]
-                self._send(200, {"object": "list", "data": data})
+                self.send(200, {"object": "list", "data": data})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with lock:  # one model, one forward at a time
                     served.requests.append(body)
                     if self._refused():
@@ -119,40 +120,18 @@ class OpenAIServer:
                         self.connection.close()
                         return
                     if self.path == "/generate":
-                        self._send(200, served.generate(body))
+                        self.send(200, served.generate(body))
                     elif served.strict and body.keys() - known:
-                        self._send(400, {"error": {"message": "unknown field"}})
+                        self.send(400, {"error": {"message": "unknown field"}})
                     elif not served.images and "image_url" in json.dumps(body["messages"]):
-                        self._send(400, {"error": {"message": "this model takes no image"}})
+                        self.send(400, {"error": {"message": "this model takes no image"}})
                     else:
-                        self._send(200, served.chat(body))
+                        self.send(200, served.chat(body))
 
             def _refused(self) -> bool:
                 if served.key and self.headers.get("Authorization") != f"Bearer {served.key}":
-                    self._send(401, {"error": "Unauthorized"})
+                    self.send(401, {"error": "Unauthorized"})
                     return True
                 return False
 
-            def _send(self, status: int, body: dict) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *_args: None  # a connection that was broken off on purpose
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    def __enter__(self) -> OpenAIServer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import run_openvino
 from filelock import FileLock
 
-from helpers.commands import exit_code
+from helpers.commands import exit_code, run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, photo_rows, random_model, write_rows
 from llava_orpo.checkpoint.files import CheckpointError
@@ -110,13 +108,4 @@ def test_openvino_answers_and_scores_as_transformers_does(tmp_path):
     assert quantized["bytes"] < exact["bytes"]
 
 
-def run(*words):
-    env = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "OPENVINO_VENV": "outputs/test-cache/venv-openvino",
-        "OMP_NUM_THREADS": "1",
-    }
-    env.pop("PYTHONPATH", None)
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+run = functools.partial(run_script, OPENVINO_VENV="outputs/test-cache/venv-openvino")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoProcessor
 
-from helpers.commands import exit_code
+from helpers.commands import exit_code, run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, random_model
 from helpers.serving import free_port, random_adapter, server
@@ -191,11 +192,7 @@ def test_llamafactorys_own_vllm_is_refused_before_anything_is_loaded():
         early.check("api", ["recipes/tiny/llava16_chat.yaml", "infer_backend=vllm"])
 
 
-def run(*words, timeout=3000, codes=(0,)):
-    env = {**os.environ, "PYTHON": sys.executable, "QUANTIZE_VENV": "outputs/test-cache/venv-quantize"}
-    done = subprocess.run([str(w) for w in words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode in codes, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+run = functools.partial(run_script, QUANTIZE_VENV="outputs/test-cache/venv-quantize")
 
 
 @pytest.fixture(scope="module")
