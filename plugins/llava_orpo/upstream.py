@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +30,14 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 WRITTEN_FOR = {"transformers": "5.5.4", "accelerate": "1.11.0", "peft": "0.18.1"}
+API_WRITTEN_FOR = {"uvicorn": "0.54.0"}  # `http_with_deadline`
 
 
-def other_versions() -> str:
-    """The installed versions that differ from `WRITTEN_FOR`, as one sentence; "" if all are the same."""
-    found = {name: importlib.metadata.version(name) for name in WRITTEN_FOR}
+def other_versions(written_for: Mapping[str, str] = WRITTEN_FOR) -> str:
+    """The installed versions that differ from the wanted ones, as one sentence; "" if all are the same."""
+    found = {name: importlib.metadata.version(name) for name in written_for}
     other = [
-        f"{name} {found[name]} (written for {wanted})" for name, wanted in WRITTEN_FOR.items() if found[name] != wanted
+        f"{name} {found[name]} (written for {wanted})" for name, wanted in written_for.items() if found[name] != wanted
     ]
     return f"Other versions than this plugin was written for: {', '.join(other)}." if other else ""
 

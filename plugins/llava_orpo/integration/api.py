@@ -9,7 +9,11 @@ import functools
 import os
 from types import SimpleNamespace
 
+from llamafactory.extras import logging
+
 from .. import upstream
+
+logger = logging.get_logger("llamafactory." + __name__)
 
 
 def guarded_app(original):
@@ -56,6 +60,8 @@ def patient_server(original):
     """Replaces the module uvicorn in llamafactory.api.app, of which it calls `run`."""
     from ..serving.guard import Limits, error_body
 
+    if other := upstream.other_versions(upstream.API_WRITTEN_FOR):
+        logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")
     seconds = Limits.from_environment(os.environ).seconds
     late = error_body(408, f"The head of the request was not whole after {seconds:g} s.")
     protocol = upstream.http_with_deadline(seconds, late)
