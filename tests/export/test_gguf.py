@@ -6,7 +6,9 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import mistral_common
@@ -20,9 +22,11 @@ from helpers.checkpoints import published_7b
 from helpers.commands import run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, photo_rows, random_model, write_rows
+from llava_orpo import export
 from llava_orpo.checkpoint.files import CheckpointError
 from llava_orpo.data.conversation import CONVERSATIONS
 from llava_orpo.export import gguf
+from llava_orpo.export.gguf_folder import write_folder
 from llava_orpo.export.original_tokenizer import tokenizer_json
 
 MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -119,6 +123,39 @@ def test_adapters_and_quantized_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava_next", "quantization_config": {}}')
     with pytest.raises(CheckpointError, match="is quantized"):
         gguf.read_model(tmp_path)
+
+
+def test_a_gguf_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    programs = tmp_path / "llama.cpp" / "build" / "bin"
+    programs.mkdir(parents=True)
+    fake = '#!/bin/sh\n[ "$3" = Q8_0 ] && cp "$1" "$2" || { echo "no such type"; exit 1; }\n'
+    (programs / "llama-quantize").write_text(fake)
+    (programs / "llama-quantize").chmod(0o755)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+
+    def write(model, out, *_):
+        files = [out / "model-f32.gguf", out / "mmproj-f32.gguf"]
+        for file in files:
+            file.write_text("GGUF")
+        return files
+
+    converter = SimpleNamespace(write=write)  # llama.cpp's own packages are in its environment alone
+    monkeypatch.setitem(sys.modules, "llava_orpo.export.llama_cpp", converter)
+    monkeypatch.setattr(export, "llama_cpp", converter, raising=False)
+    out = tmp_path / "out"
+    files = write_folder(random_model(), out, ["q8_0"])
+    assert files == [out / "model-f32.gguf", out / "mmproj-f32.gguf", out / "model-q8_0.gguf"]
+    assert sorted(out.iterdir()) == sorted(files)
+    with pytest.raises(CheckpointError, match="q9 failed: no such type"):
+        write_folder(random_model(), tmp_path / "broken", ["q8_0", "q9"])
+    assert not list(tmp_path.glob("broken*"))
+    with pytest.raises(CheckpointError, match="already holds files"):
+        write_folder(random_model(), out, [])
+    assert len(write_folder(random_model(), out, [], overwrite=True)) == len(list(out.iterdir())) == 2
+    with pytest.raises(CheckpointError, match="no mmproj"):
+        write_folder(random_model(), programs, [], overwrite=True)
+    with pytest.raises(CheckpointError, match="own folder"):
+        write_folder(random_model(), random_model(), [], overwrite=True)
 
 
 @pytest.mark.heavy

@@ -201,11 +201,11 @@ def copy_files(base: Path, files: list[Path], folder: Path) -> None:
         shutil.copyfile(base / file, folder / file)
 
 
-def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
+def check_output(out_dir: str | Path, overwrite: bool = False, mark: str = "config.json") -> None:
     """Refuses an `out_dir` that no checkpoint may be written to. Call it before long work.
 
     Raises CheckpointError if it is a file, if it holds files and `overwrite` is false, or if what it holds is
-    not a checkpoint (overwriting never deletes anything else).
+    not a checkpoint (overwriting never deletes anything else). mark: a file that only such a folder has, as a pattern.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
@@ -214,19 +214,21 @@ def check_output(out_dir: str | Path, overwrite: bool = False) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{out_dir} already holds files; choose another folder or ask to overwrite it.")
-    if not (out_dir / "config.json").is_file():
-        raise CheckpointError(f"{out_dir} holds files but no config.json, so no checkpoint: remove it yourself.")
+    if not any(out_dir.glob(mark)):
+        raise CheckpointError(f"{out_dir} holds files but no {mark}, so no checkpoint: remove it yourself.")
 
 
 @contextmanager
-def fresh_folder(out_dir: str | Path, needed_bytes: int, overwrite: bool = False) -> Iterator[Path]:
+def fresh_folder(
+    out_dir: str | Path, needed_bytes: int, overwrite: bool = False, mark: str = "config.json"
+) -> Iterator[Path]:
     """Writes a checkpoint beside its final place: yields '<out_dir>.partial', renames it to `out_dir` on success.
 
     If the block raises, the partial folder is removed and `out_dir` is as it was. Raises CheckpointError
     before anything is written: see check_output, check_disk (`needed_bytes`).
     """
     out_dir = Path(out_dir)
-    check_output(out_dir, overwrite)
+    check_output(out_dir, overwrite, mark)
     partial = out_dir.with_name(out_dir.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)  # left by an interrupted run; its name says it is not whole

@@ -257,6 +257,22 @@ def read_unquantized_config(base: Path) -> dict:
     return config
 
 
+def read_merged(folder: Path, form: str) -> tuple[dict, dict[str, tuple[str, tuple[int, ...], str]]]:
+    """(config.json, tensor table) of a whole, unquantized folder of which another form is made.
+
+    form: its name, for the messages. Raises CheckpointError for an adapter, a quantized checkpoint, another
+    architecture, and a folder that is not whole.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter: merge it first (llamafactory-cli export), then convert the result."
+        )
+    config = read_config(folder)
+    if "quantization_config" in config:
+        raise CheckpointError(f"{folder} is quantized; {form} is made of the merged 16- or 32-bit model.")
+    return config, check_folder(folder)
+
+
 def write_published(
     out_dir: str | Path,
     base: Path,

@@ -159,15 +159,8 @@ def is_used(name: str, config: dict[str, Any]) -> bool:
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config.json, tokenizer.json) of a merged folder. Raises CheckpointError, in one line, for any other."""
-    from ..checkpoint.published import check_folder, read_config
+    from ..checkpoint.published import read_merged
 
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is an adapter: merge it first (llamafactory-cli export), then convert the result."
-        )
-    config = read_config(folder)
-    if "quantization_config" in config:
-        raise CheckpointError(f"{folder} is quantized; convert the merged 16- or 32-bit model and quantize it to GGUF.")
-    check_folder(folder)
+    config, _ = read_merged(folder, "GGUF")
     feature_layer(config)
     return config, read_json(folder / "tokenizer.json")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint.files import CheckpointError, tensor_table
+from ..checkpoint.files import CheckpointError, fresh_folder, tensor_table
 from ..checkpoint.published import LM_HEAD
 from ..progress import waiting
 from ..serving.llama_server import program
 from .gguf import read_model, vocabulary
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
-SMALLEST = 1_000_000  # bytes kept free besides the weights, for headers and the vocabulary
+HEADERS = 10_000_000  # bytes, for headers and the vocabulary of all files
 
 
 def write_folder(model: Path, out: Path, types: Sequence[str], overwrite: bool = False) -> list[Path]:
@@ -40,24 +41,27 @@ def write_folder(model: Path, out: Path, types: Sequence[str], overwrite: bool =
             f"Note: llama.cpp can also join {len(words.joined_otherwise)} pieces of this vocabulary from other parts "
             f"than its merges ({', '.join(words.joined_otherwise[:5])}, …); rare texts may be split differently."
         )
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out} already holds files; choose another folder or add overwrite=true.")
     from . import llama_cpp
 
-    files = llama_cpp.write(model, out, dtype, words, conversation)
-    for kind in types:
-        file = out / f"model-{kind.lower()}.gguf"
-        with waiting(f"quantizing to {kind}"):
-            done = subprocess.run(
-                [program("llama-quantize"), str(files[0]), str(file), kind.upper()], capture_output=True, text=True
-            )
-        if done.returncode:
-            file.unlink(missing_ok=True)
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            raise CheckpointError(f"llama-quantize {kind} failed: {' | '.join(lines[-3:])}")
-        files.append(file)
-    return files
+    if out.resolve() == model.resolve():
+        raise CheckpointError(f"{out} is the model's own folder; write the result somewhere else.")
+    weights = sum(dtype.itemsize * math.prod(shape) for _, shape, _ in table.values())
+    with fresh_folder(out, weights * (1 + len(types)) + HEADERS, overwrite, mark="mmproj-*.gguf") as partial:
+        files = llama_cpp.write(model, partial, dtype, words, conversation)
+        for kind in types:
+            files.append(quantized(files[0], partial / f"model-{kind.lower()}.gguf", kind))
+    return [out / file.name for file in files]
+
+
+def quantized(source: Path, file: Path, kind: str) -> Path:
+    """`file`, written by llama-quantize. Raises CheckpointError with the end of what it said."""
+    with waiting(f"quantizing to {kind}"):
+        command = [program("llama-quantize"), str(source), str(file), kind.upper()]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise CheckpointError(f"llama-quantize {kind} failed: {' | '.join(lines[-3:])}")
+    return file
 
 
 def find_files(folder: Path, name: str | None) -> tuple[Path, Path]:

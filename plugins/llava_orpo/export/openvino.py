@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ..checkpoint.files import CheckpointError, fresh_folder
-from ..checkpoint.published import check_folder, read_config
+from ..checkpoint.published import read_merged
 from ..progress import waiting
 
 # optimum-intel's names. Without a word the weights stay what they are; fp32 also holds bf16 exactly.
@@ -24,16 +25,10 @@ def export(model: Path, out: Path, bits: str, overwrite: bool = False) -> int:
     memory, since PyTorch loads it in fp32. Raises CheckpointError: not a whole, unquantized llava_next folder, a filled
     `out`, or optimum-intel's own words.
     """
-    if (model / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{model} is an adapter: merge it first (llamafactory-cli export), then export the result."
-        )
-    if "quantization_config" in read_config(model):
-        raise CheckpointError(f"{model} is quantized; export the merged 16- or 32-bit model, with 8bit or 4bit.")
-    table = check_folder(model)
+    _, table = read_merged(model, "OpenVINO's form")
     if out.resolve() == model.resolve():
         raise CheckpointError(f"{out} is the model's own folder; write the result somewhere else.")
-    numbers = sum(_numbers(shape) for _, shape, _ in table.values())
+    numbers = sum(math.prod(shape) for _, shape, _ in table.values())
     with fresh_folder(out, 4 * numbers, overwrite) as partial:
         command = [
             str(Path(sys.executable).with_name("optimum-cli")),
@@ -49,13 +44,6 @@ def export(model: Path, out: Path, bits: str, overwrite: bool = False) -> int:
             if code:
                 raise CheckpointError(f"optimum-cli failed (exit code {code}): {log.read()[-2000:].strip()}")
         return sum(file.stat().st_size for file in partial.iterdir())
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def _offline() -> dict[str, str]:
