@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import io
 import json
 import os
 import shutil
@@ -11,16 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import pyarrow.parquet as pq
 import pytest
 import serve
 from filelock import FileLock
+from PIL import Image
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoProcessor
 
 from helpers.commands import exit_code, run_script
 from helpers.paths import ROOT
 from helpers.recipes import CACHE, random_model
-from helpers.serving import free_port, random_adapter, server
+from helpers.serving import free_port, image_part, random_adapter, server
 from llava_orpo import early
 from llava_orpo.errors import UsageError, UserError
 from llava_orpo.serving import chat_template, vllm_server
@@ -143,7 +148,7 @@ def test_what_vllm_is_told(tmp_path, monkeypatch, capsys):
     line, env = " ".join(started["words"]), started["env"]
     name = random_model().name
     assert f"--served-model-name {name} --host 127.0.0.1 --port {port}" in line
-    assert f"--lora-modules adapter={adapter}" in line and "--max-lora-rank 8" in line
+    assert f"--lora-modules adapter={adapter}" in line and "--max-lora-rank 8" in line and "--max-loras 2" in line
     assert "--enable-tower-connector-lora" in line and "--enforce-eager" in line and "--max-num-seqs 4" in line
     template = Path(started["words"][started["words"].index("--chat-template") + 1])
     assert template.read_text() == chat_template.served_template(random_model())[0]
@@ -255,3 +260,33 @@ def test_vllm_says_what_transformers_says(form, folders, tmp_path):
         )
         history = json.loads((scores / "preference_eval.json").read_text())["history"][0]["metrics"]
         assert abs(correct[0] - history["preference_accuracy"] * rows) <= 1
+
+
+@pytest.mark.heavy
+@pytest.mark.xdist_group("quickstart")
+def test_model_and_adapter_do_not_mix_in_one_batch(folders, tmp_path):
+    """One at a time their answers are compared with transformers' above; here with those in a batch of both."""
+    port = free_port()
+    words = [folders / "model", f"adapter={folders / 'orpo_qlora'}", f"port={port}", "api_key=none"]
+    venv = {"SERVE_VENV": "outputs/test-cache/venv-serve", "PYTHON": sys.executable, "VLLM_API_KEY": ""}
+    rows = pq.read_table(folders / "data" / "demo_heldout.parquet").slice(0, 12).to_pylist()
+
+    async def say(client: httpx.AsyncClient, model: str, row: dict) -> tuple[str, list[float]]:
+        content = [image_part(Image.open(io.BytesIO(row["image"]["bytes"]))), {"type": "text", "text": row["question"]}]
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "logprobs": True}
+        reply = await client.post("/chat/completions", json={**body, "temperature": 0, "max_tokens": 40})
+        choice = reply.json()["choices"][0]
+        return choice["message"]["content"], [token["logprob"] for token in choice["logprobs"]["content"]]
+
+    async def both():
+        asked = [(model, row) for row in rows for model in ("model", "orpo_qlora")]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", timeout=300) as client:
+            alone = [await say(client, *one) for one in asked]
+            return alone, await asyncio.gather(*(say(client, *one) for one in asked))
+
+    with server(["bash", "scripts/serve.sh", *map(str, words)], port, tmp_path / "log.txt", **venv):
+        alone, mixed = asyncio.run(both())
+    assert len({text for text, _ in alone}) > len(rows), "the two models must differ"
+    assert [text for text, _ in mixed] == [text for text, _ in alone]
+    for (_, one), (_, other) in zip(alone, mixed, strict=True):
+        assert other == pytest.approx(one, abs=1e-3)

@@ -40,6 +40,7 @@ OWN_OPTIONS = {
     "dtype": "dtype=",
     "max_model_len": "max_model_len=",
     "lora_modules": "adapter=",
+    "max_loras": "adapter=",
     "chat_template": "no key: the folder's own is served",
 }
 REMOTE_CODE = "trust_remote_code"
@@ -271,6 +272,10 @@ def command(served: Served, host: str, port: int, template: Path, more: Mapping[
         # Without the tower and connector option vLLM leaves out the projector's part of the adapter, with a warning.
         words += ["--enable-lora", "--max-lora-rank", str(served.rank), "--enable-tower-connector-lora"]
         words += ["--lora-modules", *(f"{name}={folder}" for name, folder in others)]
+        if served.device == "cpu":
+            # In a batch with the adapter's requests, vLLM's CPU operators give those of the model itself the last place
+            # for adapters, by the index -1 (lora/ops/torch_ops/lora_ops.py). A second place stays empty: zeros.
+            words += ["--max-loras", "2"]
     if served.device == "cpu":
         words.append("--enforce-eager")  # compiling takes minutes and a C++ compiler
     for option, value in more.items():
