@@ -274,7 +274,7 @@ def command(served: Served, host: str, port: int, template: Path, more: Mapping[
         words += ["--lora-modules", *(f"{name}={folder}" for name, folder in others)]
         if served.device == "cpu":
             # In a batch with the adapter's requests, vLLM's CPU operators give those of the model itself the last place
-            # for adapters, by the index -1 (lora/ops/torch_ops/lora_ops.py). A second place stays empty: zeros.
+            # for adapters, by the index -1 (vLLM's PR 48421, open). A second place stays empty: zeros.
             words += ["--max-loras", "2"]
     if served.device == "cpu":
         words.append("--enforce-eager")  # compiling takes minutes and a C++ compiler
