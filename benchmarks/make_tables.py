@@ -9,6 +9,7 @@ of its run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import setting
 import starts
 import storage
 
-from llava_orpo.gpu import record
+from llava_orpo.gpu import models, record, speed
 from llava_orpo.plan import report
 
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
@@ -65,6 +66,12 @@ and which kernels run; seconds a pair, peak memory and FLOP utilization at the t
 what the plan predicts of them; host synchronizations and waiting for data; 20 steps through `llamafactory-cli`. It
 downloads nothing, takes ten minutes for all but the last, and writes `benchmarks/results/gpu-<card>.json`. With
 `--core` it needs torch, transformers and peft alone; `--dry-run` goes through all of it on a CPU.
+"""
+GPU_READING = """On the H200 a step of one pair takes as long as one of four pairs on an image (0.34 and 0.35 s, NF4,
+`recompute: none`), and the card does a quarter of the FLOPs it could: one pair does not fill it. The likely reason is
+the host, which starts thousands of small kernels per step; no profile was made. So the ratio of the FLOPs is not
+reached: take more pairs per micro-batch on such a card (`per_device_train_batch_size`, `group_pairs_by_image`).
+cuDNN's attention took 129 ms for each shape it had not seen before and 1.0 ms for one it had, which is why it is off.
 """
 UNMEASURED = "Not yet measured: run `bash scripts/gpu.sh`.\n"
 TARGETS = {  # (geometry, pairs per image) -> least speed-up, least memory ratio, least share of GEMM rate asked for
@@ -172,11 +179,13 @@ def gpu_tables(result: dict) -> str:
     card, versions = result["card"], result["versions"]
     memory = f", {card['memory']['value'] / 1e9:.1f} GB" if card["memory"] else ""
     parts = [f"### {card['name']}{memory}\n"]
+    if compared := gpu_ratios(result):
+        parts.append(compared + "\n")
     for title, stage in result["stages"].items():
         rows = []
         for entry in stage["entries"]:
             figures = ", ".join(f"{name} {record.cell(figure)}" for name, figure in entry["figures"].items())
-            rows.append([entry["what"], entry["state"], figures or entry["note"]])
+            rows.append([entry["what"], entry["state"], "; ".join(filter(None, (figures, entry["note"])))])
         if stage["error"]:
             rows.append(["the stage", stage["state"], stage["error"]])
         parts.append(measure.table([title, "", "result"], rows) + "\n")
@@ -185,10 +194,28 @@ def gpu_tables(result: dict) -> str:
     return "\n".join([*parts, f"{'; '.join(runs)}; {installed}.\n"])
 
 
+def gpu_ratios(result: dict) -> str:
+    """Both sides' defaults beside each other: LLaMA-Factory recomputes all layers, `recompute: auto` as few as fit."""
+    found = {entry["what"]: entry for stage in result["stages"].values() for entry in stage["entries"]}
+    rows = []
+    for weights, pairs in itertools.product(models.WEIGHTS, speed.PAIRS):
+        stock, ours = (
+            found.get(str(speed.Cell(weights, pairs, recompute, side)), {}).get("figures")
+            for recompute, side in (("all", speed.STOCK), ("auto", speed.OURS))
+        )
+        if not (stock and ours):
+            continue
+        sides = [f"{x['time per pair']['value']:.3f} s, {x['peak allocated']['value']:.1f} GB" for x in (stock, ours)]
+        ratios = [stock[name]["value"] / ours[name]["value"] for name in ("time per pair", "FLOPs per pair")]
+        rows.append([weights, pairs, *sides, *(f"{ratio:.1f}x" for ratio in ratios)])
+    head = ["weights", "pairs/image", "LLaMA-Factory, per pair", "recompute: auto, per pair", "speed", "FLOPs"]
+    return measure.table(head, rows) if rows else ""
+
+
 def gpu_section(folder: Path) -> str:
     """The measured results of every card, or what to run for them. A dry run is no measurement."""
     found = [result for result in load(folder, "gpu-*.json") if not result["dry_run"]]
-    return "\n".join([GPU, *(map(gpu_tables, found) if found else [UNMEASURED])])
+    return "\n".join([GPU, *([*map(gpu_tables, found), GPU_READING] if found else [UNMEASURED])])
 
 
 def page(folder: Path) -> str:

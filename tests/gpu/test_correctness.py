@@ -8,10 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from helpers.paths import ROOT
 from llava_orpo.gpu import correctness
 from llava_orpo.gpu.correctness import CASES, Bench, Case, Result
+from llava_orpo.gpu.record import LeftOut
+from llava_orpo.step import attention
 from llava_orpo.step.packing import SharedPrefixLayout
 
 # What is None in sys.modules is found by no import and no find_spec, as if it were not installed.
@@ -62,6 +65,22 @@ def test_a_wrong_mask_fails(bench, dtype):
     with mock.patch.object(SharedPrefixLayout, "_masks", sees_the_other_answer):
         entry = correctness.check(bench, Case(dtype, "sdpa", True, "none"))
     assert entry.state == "failed" and "worst tensor" in entry.note
+
+
+def test_a_refused_flex_is_a_failure_and_no_figures_of_sdpa(bench, monkeypatch):
+    def doubled(query, key, value, **options):
+        return 2 * flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "_eager_flex", lambda: doubled)
+    case = Case("fp32", "flex", False, "none")
+    entry = correctness.check(bench, case)
+    assert entry.state == "failed" and entry.figures == {}
+    assert "SDPA served: its output differs from SDPA's by" in entry.note
+    with pytest.raises(LeftOut, match="SDPA served"):
+        correctness.kernels(bench, case)
+    monkeypatch.undo()
+    assert correctness.check(bench, case).state == "ok"
+    assert correctness.check(bench, Case("fp32", "sdpa", False, "none")).state == "ok"
 
 
 def test_distance():

@@ -173,6 +173,25 @@ def test_rounding_is_no_fault(dtype, monkeypatch, warned):
         monkeypatch.undo()
 
 
+def test_flex_gets_one_dtype_under_autocast_and_is_measured_by_it(monkeypatch, warned):
+    """fp32 queries and keys beside bf16 values, as fp32 weights give them: torch 2.11's backward is wrong on a card."""
+    layout = layout_of(SHAPES[3])
+    query, key, value = states(layout)
+    given = []
+
+    def recording(*made, **options):
+        given.append([x.dtype for x in made])
+        return right(*made, **options)
+
+    monkeypatch.setattr(attention, "_eager_flex", lambda: recording)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention._flex_fault(query, key, value.bfloat16(), layout, None, backward=True) == ""
+    assert given == [[torch.bfloat16] * 3]
+    given.clear()
+    attention._flex_padded(query, key, value, layout, None)
+    assert given == [[torch.float32] * 3]
+
+
 def test_a_full_memory_is_no_fault_of_flex(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -24,7 +24,7 @@ from ..step.model import keep_four_bit_trainable
 from ..tiny.shapes import Geometry, config
 from . import models
 from .machine import SMALLEST, Machine
-from .record import FAILED, Entry, Record, Unmeasured
+from .record import FAILED, Entry, LeftOut, Record, Unmeasured
 
 TITLE = "1 correctness"
 # The 7B's head width of 128 and its grouped heads, few layers: kernels are chosen by these.
@@ -145,7 +145,10 @@ def check(bench: Bench, case: Case) -> Entry:
     backward = case.backend != "flex" or bench.device.type == "cuda"
     if not backward:
         return _forward_alone(bench, case, truth)
-    loss, total, worst = distance(bench.packed(case), truth)
+    found = bench.packed(case)
+    if fault := refused(case):
+        return Entry(str(case), FAILED, {}, fault)
+    loss, total, worst = distance(found, truth)
     figures: dict[str, tuple[Any, str]] = {
         "loss difference": (loss, "relative"),
         "gradient difference": (total, "relative"),
@@ -166,6 +169,12 @@ def check(bench: Bench, case: Case) -> Entry:
     return Entry(str(case), FAILED if over else "ok", figures, "; ".join(over))
 
 
+def refused(case: Case) -> str:
+    """Why FlexAttention, which the case is about, was not used: then its figures are SDPA's. Else ""."""
+    fault = attention.flex_fault() if case.backend == "flex" else ""
+    return f"FlexAttention was not used, SDPA served: {fault}" if fault else ""
+
+
 def check_in_time(machine: Machine, bench: Bench, case: Case) -> Entry:
     """`check`, or LeftOut once the time is up."""
     machine.in_time()
@@ -176,6 +185,8 @@ def _forward_alone(bench: Bench, case: Case, truth: Result) -> Entry:
     if case.recompute != "none":
         raise Unmeasured("FlexAttention has no backward on a CPU")
     found = bench.packed(case, backward=False).loss
+    if fault := refused(case):
+        return Entry(str(case), FAILED, {}, fault)
     loss = abs(found - truth.loss) / abs(truth.loss)
     limit = FP32_LOSS if case.dtype == "fp32" else BF16_LOSS
     note = "forward alone: FlexAttention has no backward on a CPU"
@@ -188,6 +199,8 @@ def kernels(bench: Bench, case: Case) -> dict[str, tuple[Any, str]]:
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     bench.packed(case)  # compiled and planned before it is recorded
+    if fault := refused(case):
+        raise LeftOut(fault)
     with torch.profiler.profile(activities=activities) as recorded:
         bench.packed(case)
     counts: Counter[str] = Counter()

@@ -151,8 +151,10 @@ def batch_of(groups: Sequence[Sequence[PairSize]], settings, device: torch.devic
             pairs[-1].append(TokenPair(prompt, words(size.chosen), words(size.rejected)))
     tiles = max(group[0].tiles for group in groups)
     pixels = torch.randn(len(groups), tiles, 3, side, side, generator=generator).to(device)
-    places = torch.tensor([[group[0].height, group[0].width] for group in groups], device=device)
-    ours = {"packed": pack(pairs, token).to(device), "image_inputs": {"pixel_values": pixels, "image_sizes": places}}
+    places = torch.tensor([[group[0].height, group[0].width] for group in groups])
+    # as the collator hands them over: the sizes on the host
+    images = {"pixel_values": pixels, "image_sizes": places.tolist()}
+    ours = {"packed": pack(pairs, token).to(device), "image_inputs": images}
     image_of = [i for i, group in enumerate(groups) for _ in group] * 2
     flat = [pair for group in pairs for pair in group]
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in flat] + [
@@ -167,7 +169,7 @@ def batch_of(groups: Sequence[Sequence[PairSize]], settings, device: torch.devic
         mask[row, :stop] = 1
         labels[row, len(prompt) : stop] = torch.tensor(answer)
     stock = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-    stock.update(pixel_values=pixels[image_of], image_sizes=places[image_of])
+    stock.update(pixel_values=pixels[image_of], image_sizes=places[image_of].to(device))
     return Batch(ours, stock, len(flat))
 
 

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def measure(machine: Machine, cell: Cell, predictions: Predictions) -> Entry:
         figures["predicted / measured"] = (predicted["peak"] / peak, "")
     if predicted:
         figures["FLOPs per pair"] = (predicted["flops"] / 1e12, "TFLOP")
-        figures |= utilization(machine, predicted["flops"] / seconds)
+        figures |= utilization(machine, predicted["flops"] * cell.pairs / seconds)
     return Entry(name_of(machine, cell), "ok", figures, note)
 
 
@@ -277,6 +277,10 @@ class Predictions:
             out["peak"] = found["peak"]
         return out, ""
 
+    def wait(self) -> None:
+        """Waits until all are known: the processes that trace would keep the host from launching kernels in time."""
+        wait(self._futures.values(), timeout=120)
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -285,6 +289,7 @@ class Predictions:
 def run(machine: Machine, record: Record) -> None:
     """All cells in the order of their worth."""
     predictions = machine.shared.get("predictions") or Predictions(machine)
+    predictions.wait()
     try:
         for cell in CELLS:
             record.attempt(name_of(machine, cell), lambda cell=cell: measure(machine, cell, predictions))
