@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/progress.sh
+source scripts/torch_backend.sh
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 requirements=$1
@@ -13,12 +14,17 @@ requirements=$1
     echo "Python 3.11 or newer is needed; found $("$PYTHON" --version 2>&1). Set PYTHON=/path/to/python3.11." >&2
     exit 1
 }
+# vLLM chooses its wheels itself (serve.sh)
+case $requirements in requirements/serve*) ;; *) choose_torch_backend || exit 1 ;; esac
+cuda=(-c requirements/cuda13.lock)
+case $requirements:${UV_TORCH_BACKEND:-} in requirements/serve*) cuda=() ;; *:?*) cuda=() ;; esac
 pins=$(cat requirements.txt requirements/* pyproject.toml)
-stamp="$VENV/.installed-$(sha256sum <<<"$pins" | cut -c1-16)-$(basename "$requirements")"
+stamp="$VENV/.installed-$(sha256sum <<<"$pins" | cut -c1-16)-$(basename "$requirements")${UV_TORCH_BACKEND:+-$UV_TORCH_BACKEND}"
 if [ ! -e "$stamp" ]; then
     [ -x "$VENV/bin/python" ] || { echo "Making $VENV ..." && "$PYTHON" -m venv "$VENV"; }
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
-    uv_install "Installing into $VENV (several GB on a first run)" "$VENV/bin/uv" "$VENV/bin/python" -r "$requirements"
+    uv_install "Installing into $VENV (several GB on a first run)" "$VENV/bin/uv" "$VENV/bin/python" \
+        -r "$requirements" "${cuda[@]}"
     touch "$stamp"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
