@@ -126,21 +126,27 @@ def plain_step(trainer, rows, keys):
     return loss.item(), grads
 
 
-def trainers(folder, keys, rows, **more):
-    """(plain, ours) on the same weights and rows."""
-    write_rows(folder, rows)
-    plain = build_trainer(folder, {**LORA, "shared_prefix": False})
-    ours = build_trainer(folder, {**LORA, "pref_loss": None, **keys, **more})
-    same_weights(plain.model, ours.model)
-    return plain, ours
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(the trainer without the shared prefix, the folder of its rows): two images with two pairs each."""
+    folder = tmp_path_factory.mktemp("family")
+    write_rows(folder, photo_rows(2, 2))
+    return build_trainer(folder, {**LORA, "shared_prefix": False}), folder
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["single", "grouped"])
-@pytest.mark.parametrize("name", FAMILY)
-def test_equals_plain_forwards(name, grouped, tmp_path):
+QUICK = [("mdpo", True), ("pea", False), ("orpo-other", True), ("sft-image", True)]
+CASES = [(name, grouped) for name in FAMILY for grouped in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "name, grouped", [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.heavy]) for case in CASES]
+)
+def test_equals_plain_forwards(name, grouped, plain):
+    plain, folder = plain
     keys = FAMILY[name]
     more = {"group_pairs_by_image": True, "max_pairs_per_image": 2} if grouped else {}
-    plain, ours = trainers(tmp_path, keys, photo_rows(2, 2), **more)
+    ours = build_trainer(folder, {**LORA, "pref_loss": None, **keys, **more})
+    same_weights(plain.model, ours.model)
     rows = [{**ours.train_dataset[i], "epoch": EPOCH} for i in (0, 1, 3)]
     expected, gradients = plain_step(plain, rows, keys)
     loss, metrics, found = step(ours, rows)
