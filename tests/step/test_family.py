@@ -160,11 +160,11 @@ def test_equals_plain_forwards(name, grouped, plain):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"pref_loss": "orpo", "pref_beta": 0.5},
-        {"pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 0.25},
+        pytest.param({"pref_loss": "orpo", "pref_beta": 0.5}, marks=pytest.mark.heavy),
+        pytest.param({"pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 0.25}, marks=pytest.mark.heavy),
         {"pref_loss": "sigmoid", "pref_beta": 0.5, "dpo_label_smoothing": 0.1},
     ],
-    ids=lambda keys: keys["pref_loss"],
+    ids=["orpo", "simpo", "dpo"],
 )
 def test_equals_llamafactory(keys, tmp_path):
     name = {"sigmoid": "dpo"}.get(keys["pref_loss"], keys["pref_loss"])
