@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-
 LISTED = ("bad_images", "undamaged")  # pairs of a batch, by their index in its rows
 
 
