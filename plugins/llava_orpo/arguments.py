@@ -132,7 +132,7 @@ class PluginArguments:
         metadata={
             "help": "orpo, simpo and dpo as LLaMA-Factory's pref_loss; mdpo: DPO with a damaged image (arXiv "
             "2406.11839); dpo_context: DPO behind a clean context, the data's column `context` (arXiv 2507.12455); "
-            "pea: a hinge of mean log-probs (arXiv 2608.19598); sft: the chosen answer alone. null: what pref_loss says."
+            "pea: a hinge of mean log-probs (arXiv 2608.19598); sft: the chosen answer alone. null: as pref_loss says."
         },
     )
     text_margin: Annotated[float, Field(ge=0)] = field(
