@@ -131,8 +131,8 @@ class PluginArguments:
         default=None,
         metadata={
             "help": "orpo, simpo and dpo as LLaMA-Factory's pref_loss; mdpo: DPO with a damaged image (arXiv "
-            "2406.11839); dpo_context: DPO behind a clean context, the data's column `context` (arXiv 2507.12455); pea: "
-            "a hinge of mean log-probs (arXiv 2608.19598); sft: the chosen answer alone. null: what pref_loss says."
+            "2406.11839); dpo_context: DPO behind a clean context, the data's column `context` (arXiv 2507.12455); "
+            "pea: a hinge of mean log-probs (arXiv 2608.19598); sft: the chosen answer alone. null: as pref_loss says."
         },
     )
     text_margin: Annotated[float, Field(ge=0)] = field(
@@ -161,8 +161,8 @@ class PluginArguments:
         default="masked",
         metadata={
             "help": "The damaged image. masked: three quarters of its patches are grey; crop: a random part of 1 to "
-            "20 % of its area; grey: all of it; noise; other: another row's image. Of the same size always, and another "
-            "one in every epoch but for grey."
+            "20 % of its area; grey: all of it; noise: random pixels; other: another row's image. Its size stays the "
+            "true image's, and but for grey every epoch has another one."
         },
     )
     reference: Literal["adapter_off", "cached"] | None = field(

@@ -62,7 +62,7 @@ from .survival import Survival, goes_on, told_of_full_disk
 
 logger = logging.get_logger("llamafactory." + __name__)
 WINDOW = "log_window_{}.pt"  # of each process: the terms since the last log
-# Logged under these names, as means over the pairs with a damaged image: (term of the objective, name).
+# The objective's terms that are logged as means over the pairs with a damaged image, and under which names.
 GROUNDING = {
     "image_loss": "image_loss",
     "grounding_margin": "grounding/margin",
@@ -432,10 +432,8 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         if pairs:  # the mean over all pairs since the last log, on all processes
             terms = {key: value / pairs for key, value in terms.items()}
             if DAMAGED in terms:
-                share = terms[DAMAGED]
-                terms = {
-                    k: v / share if k in GROUNDING.values() else v for k, v in terms.items() if share or k == DAMAGED
-                }
+                share, ours = terms[DAMAGED], {key: terms.pop(key) for key in GROUNDING.values()}
+                terms |= {key: value / share for key, value in ours.items() if share}
             logs.update(terms)
         Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
 
