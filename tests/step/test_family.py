@@ -7,6 +7,8 @@ parameter, fp32 at 1e-5 relative. Where LLaMA-Factory has the loss, its own trai
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,3 +171,31 @@ def test_equals_plain_forwards(name, grouped, plain):
 def test_equals_llamafactory(keys, tmp_path):
     name = {"sigmoid": "dpo"}.get(keys["pref_loss"], keys["pref_loss"])
     compare({**LORA, **keys}, photo_rows(3, 1), tmp_path, [[0, 1, 2]], plugin_keys={"preference_loss": name})
+
+
+def test_a_context_is_read_before_both_answers_and_has_no_loss(tmp_path):
+    """Each sequence is that of the whole answer, and what is compared is the answer behind the context."""
+    keys, rows = {"preference_loss": "dpo_context", "pref_beta": 0.3}, photo_rows(2, 2)
+    contexts = ["There is a photograph of a woman.", "", "Two flags.", "There is a window. It is old."]
+    joined = [f"{context} " if context else "" for context in contexts]
+    whole = [{**r, **{k: c + r[k] for k in ("chosen", "rejected")}} for c, r in zip(joined, rows, strict=True)]
+    write_rows(tmp_path, whole, "whole")
+    write_rows(tmp_path, rows)
+    table = pq.read_table(tmp_path / "rows.parquet").append_column("context", pa.array(contexts))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    plain = build_trainer(tmp_path, {**LORA, "shared_prefix": False, "dataset": "whole"})
+    for more in ({}, {"group_pairs_by_image": True, "max_pairs_per_image": 2}):
+        ours = build_trainer(tmp_path, {**LORA, "pref_loss": None, **keys, **more})
+        same_weights(plain.model, ours.model)
+        read = [{**ours.train_dataset[i], "epoch": 0} for i in range(4)]
+        for i, (row, original) in enumerate(zip(read, rows, strict=True)):
+            sequences = plain.train_dataset[i]
+            for side in ("chosen", "rejected"):
+                ids = row[f"{side}_ids"]
+                prompt = full_prompt_ids(row, ours.model.config.image_token_id)
+                assert prompt + list(ids) == sequences[f"{side}_input_ids"], (i, side)
+                assert ours.processing_class.decode(ids).strip() == original[side] + "</s>"
+        expected, gradients = plain_step(plain, read, keys)
+        loss, _, found = step(ours, read)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        same_gradients(gradients, found, 1e-5)
