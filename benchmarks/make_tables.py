@@ -15,6 +15,7 @@ from pathlib import Path
 
 import data_side
 import eval_speed
+import losses
 import measure
 import merge
 import orpo_step
@@ -230,6 +231,7 @@ def page(folder: Path) -> str:
         parts += [RECOMPUTE, recompute_table(recomputed), ""]
         parts += [source(result) + "\n" for result in recomputed]
     sections = {
+        "## The losses of the family": ("losses_*.json", losses.show),
         "## Evaluation": ("eval_*.json", eval_speed.show),
         "## Tokenizing, collating, disk": ("data_side.json", data_side.show),
         "## Images from an Arrow copy and from parquet": ("storage.json", storage.show),

@@ -126,6 +126,54 @@ class PluginArguments:
         default=False, metadata={"help": "Let `llamafactory-cli export` replace an export_dir that holds files."}
     )
 
+    # loss
+    preference_loss: Literal["orpo", "simpo", "dpo", "mdpo", "dpo_context", "pea", "sft"] | None = field(
+        default=None,
+        metadata={
+            "help": "orpo, simpo and dpo as LLaMA-Factory's pref_loss; mdpo: DPO with a damaged image (arXiv "
+            "2406.11839); dpo_context: DPO behind a clean context, the data's column `context` (arXiv 2507.12455); "
+            "pea: a hinge of mean log-probs (arXiv 2608.19598); sft: the chosen answer alone. null: as pref_loss says."
+        },
+    )
+    text_margin: Annotated[float, Field(ge=0)] = field(
+        default=1.5,
+        metadata={"help": "Margin of preference_loss: pea, in nats per token between chosen and rejected answer."},
+    )
+    image_preference: Annotated[float, Field(ge=0)] = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the image term, which is added to any loss but mdpo's own: the chosen answer under the "
+            "true image against the same answer under a damaged one. 0: none, and no damaged image is run."
+        },
+    )
+    image_preference_loss: Literal["odds_ratio", "hinge"] = field(
+        default="odds_ratio",
+        metadata={
+            "help": "odds_ratio: ORPO's own term between the two images; hinge: relu(image_margin - margin) of the "
+            "mean log-probs (mPEA-DPO, arXiv 2608.19598)."
+        },
+    )
+    image_margin: Annotated[float, Field(ge=0)] = field(
+        default=4.5,
+        metadata={"help": "Margin of image_preference_loss: hinge, in nats per token between true and damaged image."},
+    )
+    damaged_image: Literal["masked", "crop", "grey", "noise", "other"] = field(
+        default="masked",
+        metadata={
+            "help": "The damaged image. masked: three quarters of its patches are grey; crop: a random part of 1 to "
+            "20 % of its area; grey: all of it; noise: random pixels; other: another row's image. Its size stays the "
+            "true image's, and but for grey every epoch has another one."
+        },
+    )
+    reference: Literal["adapter_off", "cached"] | None = field(
+        default=None,
+        metadata={
+            "help": "The reference model of losses that have one. adapter_off: the model without its adapter, one more "
+            "forward in each step; cached: its log-probs are computed once before training and kept in output_dir. "
+            "null: adapter_off with LoRA, else a second model."
+        },
+    )
+
     # training step
     shared_prefix: bool = field(
         default=True,

@@ -46,6 +46,11 @@ def known() -> dict[str, dict[str, Any]]:
     return json.loads(place().read_text(encoding="utf-8"))["properties"]
 
 
+def of_plugin() -> set[str]:
+    """The keys that are the plugin's."""
+    return {key for key, schema in known().items() if schema["$comment"] == "PluginArguments"}
+
+
 def place() -> Path:
     """Where the schema of this installation is, or should be."""
     return next((path for path in PLACES if path.is_file()), PLACES[-1])

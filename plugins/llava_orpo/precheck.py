@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import accelerator, keys
+from . import accelerator, keys, loss_keys
 from .checkpoint import complete
 
 DATASET_INFO = "dataset_info.json"
@@ -53,6 +53,8 @@ def problems(
     for key, check in CHECKS.items():
         if recipe.get(key) not in (None, False, "") and (uses is None or key in uses):
             found += check(key, recipe)
+    if command == "train":
+        found += loss_keys.problems(recipe)
     return found
 
 

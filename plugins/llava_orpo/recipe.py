@@ -157,8 +157,11 @@ def read_command(
     if wrong := check_overrides(overrides, secrets):
         raise UsageError(*wrong)
     given = load(path, overrides) if takes_recipe else _load_own(path, overrides, must_exist)
+    names = frozenset(word.partition("=")[0].partition(".")[0] for word in overrides)
+    # A key of the plugin (`reference`) that is a command's own too is the command's where it stands behind the recipe.
+    ours = {key for key in own_keys if key in given and (key in names or key not in keys.of_plugin())}
     own = {
-        key: keys.as_meant(given.pop(key), schemas[key]) if key in given else _default(value)
+        key: keys.as_meant(given.pop(key), schemas[key]) if key in ours else _default(value)
         for key, value in own_keys.items()
     }
     recipe = as_meant(given)
@@ -173,7 +176,6 @@ def read_command(
     if problems:
         raise UsageError(*problems)
     own = {key: _as_path(value, own_keys[key]) for key, value in own.items()}
-    names = frozenset(word.partition("=")[0].partition(".")[0] for word in overrides)
     return Command(recipe if takes_recipe else {}, own, path, names)
 
 

@@ -53,7 +53,13 @@ RANGES = {
 }
 # What the code takes, but the annotation does not say: `true` is the last checkpoint in output_dir (Trainer.train), and
 # fsdp's `true` is full_shard (TrainingArguments); the shares of the datasets may be a list (DataArguments).
-ALSO_TAKES = {"resume_from_checkpoint": ["boolean"], "fsdp": ["boolean"], "interleave_probs": ["array"]}
+# `pref_loss: null` stands for a key that was left out, so that a preference_loss can be given behind any recipe.
+ALSO_TAKES = {
+    "resume_from_checkpoint": ["boolean"],
+    "fsdp": ["boolean"],
+    "interleave_probs": ["array"],
+    "pref_loss": ["null"],
+}
 # What ModelArguments refuses to be made without.
 NEEDED = {"ModelArguments": {"model_name_or_path": "any"}}
 KEYS_HEAD = f"""# The keys of the plugin
@@ -124,6 +130,8 @@ def _property(owner: type, field: dataclasses.Field, hint: Any, also: list[str])
         found["enum"] = [*choices, *([None] if "null" in found["type"] else [])]
     if also:
         found["type"] = [*keys.as_list(found["type"]), *also]
+    if "null" in also and "enum" in found:
+        found["enum"] = [*found["enum"], None]
     help_text = " ".join(str(field.metadata.get("help", "")).split())
     described = {"description": help_text} if help_text else {}
     return {**found, **described, "default": _default(field), "$comment": owner.__name__}

@@ -49,6 +49,34 @@ def test_a_group_counts_what_pack_packs():
     assert sizes.group_tokens([PAIR]) == PAIR.tokens == pack([pairs[:1]], 3).num_tokens
 
 
+def test_a_damaged_image_and_a_missing_answer_are_counted_as_packed():
+    """Under orpo with an image term, and under sft with and without one."""
+    text = replace(PAIR, image=0, tiles=0)
+    for recipe, damaged, rejected in (
+        ({"image_preference": 0.5}, True, True),
+        ({"preference_loss": "mdpo"}, True, True),
+        ({"preference_loss": "sft"}, False, False),
+        ({"preference_loss": "sft", "image_preference": 1.0}, True, False),
+    ):
+        data = sizes.as_run(
+            sizes.Data([PAIR, replace(PAIR, question=7, chosen=2), text], ["a", "a", ""], 3, ""), recipe
+        )
+        assert sizes.as_run(data, recipe) == data and [size.damaged for size in data.sizes] == [damaged, damaged, False]
+        pairs = [
+            TokenPair(
+                [1] * s.head + [3] * s.image + [10 + i] * s.question,
+                [7] * s.chosen,
+                [8] * s.rejected if rejected else None,
+            )
+            for i, s in enumerate(data.sizes)
+        ]
+        made = pack([pairs[:2]], 3, [(0, [0, 1])] if damaged else ())
+        assert sizes.group_tokens(data.sizes[:2]) == made.num_tokens
+        alone = [pack([[pair]], 3, [(0, [0])] if s.damaged else ()) for pair, s in zip(pairs, data.sizes, strict=True)]
+        for size, packed in zip(data.sizes, alone, strict=True):
+            assert sizes.group_tokens([size]) == size.tokens == packed.num_tokens
+
+
 def test_pairs_per_image_and_groups():
     data = sizes.Data([PAIR] * 5, ["a", "b", "a", "a", ""], 5, "here")
     assert data.pairs_per_image() == {1: 1, 3: 1}

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from helpers.recipes import build_trainer, photo_rows, random_model, recipe, write_rows
+from llava_orpo import loss_keys
 from llava_orpo.plan.trace import PairSize, Setting, trace
 from llava_orpo.step.batches import image_runs
+from llava_orpo.step.order import Drawn, PaddedRows
 
 LORA = {
     "finetuning_type": "lora",
@@ -24,6 +26,7 @@ LORA = {
 CASES = {
     "small56": (4, {"group_pairs_by_image": True}),
     "small56_partly": (4, {"group_pairs_by_image": True, "disable_gradient_checkpointing": False, "recompute": 1}),
+    "small56_damaged": (4, {"group_pairs_by_image": True, "pref_loss": None, "preference_loss": "mdpo"}),
     "tiny": (1, {"disable_gradient_checkpointing": False}),
     "tiny_bf16": (1, {"disable_gradient_checkpointing": False, "bf16": True}),
     "tiny_4bit": (1, {"quantization_bit": 4, "double_quantization": True}),
@@ -52,6 +55,7 @@ def sizes_of(trainer, rows) -> list[list[PairSize]]:
                 len(row["prompt_ids"]) - head,
                 len(row["chosen_ids"]),
                 len(row["rejected_ids"]),
+                loss_keys.runs_damaged(vars(trainer.plugin)),
             )
             for row in (rows[i] for i in run)
         ]
@@ -76,7 +80,7 @@ def test_plan_against_a_real_step(tmp_path, name):
     write_rows(tmp_path, photo_rows(1, size))
     trainer = build_trainer(tmp_path, keys)
     trainer.model = trainer.accelerator.prepare_model(trainer.model.train())
-    rows = [dict(row) for row in trainer.train_dataset]
+    rows = PaddedRows(trainer.train_dataset).__getitems__([Drawn(i) for i in range(size)])
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
 
     def step():

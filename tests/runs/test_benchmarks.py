@@ -9,6 +9,7 @@ import sys
 
 import data_side
 import eval_speed
+import losses
 import make_tables
 import measure
 import orpo_step
@@ -70,6 +71,25 @@ def test_step_with_checkpointing(smoke):
     assert sides["stock"]["flops"] > sides["all"]["flops"] > sides["half"]["flops"] > sides["none"]["flops"]
     for side in orpo_step.RECOMPUTE[1:]:
         assert 0 < sides[side]["gradient_difference"] < 1e-4 and sides[side]["memory"]["peak"] > 0
+
+
+@pytest.mark.heavy
+def test_losses(smoke):
+    result = smoke("losses.py", "losses_smoke")
+    has(result, "geometry", "repeats", "sides", "damage_milliseconds")
+    sides = result["sides"]
+    assert list(sides) == list(losses.SIDES)
+    for name, side in sides.items():
+        assert side["seconds_per_pair"] > 0 and side["flops"] > 0 and side["lm_tokens"] > 0, name
+        assert ("gradient_difference" in side) == (name.removeprefix("ours: ") in losses.STOCK and "ours" in name)
+        assert side.get("gradient_difference", 0.0) < 1e-4, name
+    for name in losses.STOCK:
+        assert sides[f"ours: {name}"]["loss"] == pytest.approx(sides[f"stock: {name}"]["loss"], rel=1e-5)
+    plain, image = sides["ours: orpo"], sides["ours: orpo + image term"]
+    assert plain["lm_tokens"] < image["lm_tokens"] <= 2.1 * plain["lm_tokens"]
+    assert image["lm_tokens"] < sides[losses.BASE]["lm_tokens"] * 1.05
+    assert sides["ours: sft"]["lm_tokens"] < plain["lm_tokens"]
+    assert sides["ours: dpo"]["flops"] > plain["flops"] == sides["ours: simpo"]["flops"]
 
 
 @pytest.mark.heavy

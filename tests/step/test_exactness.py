@@ -12,55 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.exactness import compare
 from helpers.recipes import build_trainer, photo_rows, random_model, step, write_rows
-
-# LLaMA-Factory's logits/* average over every position of the padded batch; those logits are not computed here.
-COMPARED = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "sft_loss",
-    "odds_ratio_loss",
-)
-
-
-@torch.no_grad()
-def same_weights(model_a, model_b):
-    """Both were made from one seed; adapters get a B that is not zero, else every gradient of A would be."""
-    generator = torch.Generator().manual_seed(7)
-    other = dict(model_b.named_parameters())
-    for name, parameter in model_a.named_parameters():
-        if "lora_B" in name:
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        other[name].data.copy_(parameter.data)
-    for name, parameter in model_a.named_parameters():  # as bytes: packed 4-bit values can look like NaN
-        assert torch.equal(parameter.data.view(torch.uint8), other[name].data.view(torch.uint8)), name
-
-
-def compare(recipe_keys, rows, tmp_path, batches, tolerance=1e-5, plugin_keys=None, double=False):
-    write_rows(tmp_path, rows)
-    theirs = build_trainer(tmp_path, {**recipe_keys, "shared_prefix": False})
-    ours = build_trainer(tmp_path, {**recipe_keys, **(plugin_keys or {})})
-    same_weights(theirs.model, ours.model)
-    assert type(theirs).__name__ == "CustomDPOTrainer" and type(ours).__name__ == "SharedPrefixTrainer"
-    if double:
-        ours.model.double(), theirs.model.double()
-    for picked in batches:
-        loss_a, terms_a, grads_a = step(theirs, [theirs.train_dataset[i] for i in picked])
-        loss_b, terms_b, grads_b = step(ours, [ours.train_dataset[i] for i in picked])
-        assert loss_b == pytest.approx(loss_a, rel=tolerance)
-        for key in COMPARED:
-            if key in terms_a:
-                assert terms_b[key] == pytest.approx(terms_a[key], rel=tolerance, abs=tolerance), key
-        assert grads_a.keys() == grads_b.keys() and grads_a
-        scale = max(g.norm().item() for g in grads_a.values())
-        for name, gradient in grads_a.items():
-            error = (grads_b[name] - gradient).norm().item()
-            assert error <= tolerance * max(gradient.norm().item(), 1e-3 * scale), name
-    return ours, theirs
 
 
 def png(jpeg: bytes) -> bytes:

@@ -71,6 +71,13 @@ def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def reference_name(reference: str | bytes | dict) -> str:
+    """A short name for an image reference of another LLaMA-Factory format: its path, or the hash of its bytes."""
+    if isinstance(reference, dict):
+        reference = reference["bytes"] if reference.get("bytes") is not None else reference["path"]
+    return content_hash(reference) if isinstance(reference, bytes) else str(reference)
+
+
 def grey_like(width: int, height: int) -> Image.Image:
     """A uniform mid-grey RGB image of this size: what a model is shown when the image is hidden from it."""
     return Image.new("RGB", (width, height), (128, 128, 128))

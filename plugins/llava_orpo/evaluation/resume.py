@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from ..data.skipped import EVALUATION, stop_at_bad_row, summarize_skipped, write_skipped
 from ..preference import scoring
+from ..preference.fingerprint import fingerprint as of_recipe
 from ..preference.records import CONDITIONS
 from ..preference.scoring import ScoredRow
 from ..preference.writing import Evaluation, write_evaluation
 from .saved import Saved
 from .session import Session, open_session
-
-FROM_RECIPE = (
-    "model_name_or_path",
-    "adapter_name_or_path",
-    "quantization_bit",
-    "eval_dataset",
-    "cutoff_len",
-    "dataset_filter",
-    "heldout_fraction",
-    "anyres_max_tiles",
-    "template",
-    "max_samples",
-    "bf16",
-    "fp16",
-    "quantize_vision",
-    "quantization_type",
-    "quantization_method",
-    "double_quantization",
-    "infer_dtype",
-)
-ROW_KEYS = ("image_hash", "num_image_tokens", "prompt_ids", "chosen_ids", "rejected_ids")  # what a score depends on
 
 
 def evaluate(recipe: dict[str, Any], folder: Path, restart: bool = False) -> Evaluation:
@@ -94,19 +72,4 @@ def score(session: Session, folder: Path, condition: str, restart: bool) -> list
 
 def fingerprint(session: Session) -> str:
     """A name of what was scored: model, adapter files, data and every key that changes a score."""
-    parts: dict[str, Any] = {key: session.recipe.get(key) for key in FROM_RECIPE}
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        root = Path(str(parts[key]))
-        if root.is_dir():
-            weights = sorted(root.glob("*.safetensors"))
-            parts[key + "/files"] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    parts["rows"] = rows_digest(session.rows)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def rows_digest(rows) -> str:
-    """A name of tokenized pairs: everything of them that an answer or a score depends on."""
-    found = hashlib.sha256()
-    for row, name in zip(rows.select_columns(list(ROW_KEYS)), scoring.unique_ids(rows), strict=True):
-        found.update(json.dumps([name, *row.values()]).encode())
-    return found.hexdigest()
+    return of_recipe(session.recipe, session.rows)

@@ -19,11 +19,11 @@ from ..data import image_store, images
 from ..data.conversation import full_prompt_ids
 from ..errors import UserError
 from ..preference import scoring
+from ..preference.fingerprint import rows_digest
 from ..serving.asking import ask_each
 from ..serving.chat import messages, without_vision
 from ..serving.client import ChatClient, EndpointUnusable, RequestFailed, Server, exact_data_url
 from .generation import Settings, prompt_seed
-from .resume import rows_digest
 from .saved import Saved
 from .session import Session
 

@@ -14,7 +14,7 @@ from llamafactory.extras.env import VERSION
 from transformers import HfArgumentParser
 
 from .. import arguments as plugin_arguments
-from .. import keys, precheck, upstream
+from .. import keys, loss_keys, precheck, upstream
 from ..arguments import PluginArguments
 from ..data.mm_plugin import LlavaOrpoPlugin
 from ..data.rlaif_v import RlaifVConverter
@@ -54,6 +54,7 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
     check_version(parsed)
     if other := upstream.other_versions():
         logger.warning_rank0(f"{other} requirements.txt has the versions that were run together.")
+    rest = with_pref_loss(parsed, args, rest)
     run = activate(parsed)
     run.recipe = dict(args) if isinstance(args, dict) else None
     run.resumes_named = isinstance(checkpoint, str) and checkpoint.lower() != "true"
@@ -61,6 +62,36 @@ def take_arguments(parser: HfArgumentParser, args, allow_extra_keys: bool):
         run.set_default("WANDB_PROJECT", str(project))
     listen_locally(run)
     return rest
+
+
+def with_pref_loss(parsed: PluginArguments, args, rest):
+    """What is left of a recipe or a command line, with the pref_loss that stands for `preference_loss`.
+
+    LLaMA-Factory prepares the reference model, or none, by its own key. Raises UserError for keys of the loss that
+    contradict each other.
+    """
+    if isinstance(args, dict):
+        given = {key: value for key, value in args.items() if key != "pref_loss" or value is not None}
+        rest = {key: value for key, value in rest.items() if key in given}
+    else:
+        names = [word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")]
+        given = {name: getattr(parsed, name) for name in names if name in plugin_arguments.PLUGIN_KEYS}
+        given |= {name: _flag(rest, name) for name in ("pref_loss", "stage", "finetuning_type") if name in names}
+    if given.get("do_train", True) and (problems := loss_keys.problems(given)):
+        raise UserError(*problems)
+    if parsed.preference_loss is None:
+        return rest
+    pref_loss = loss_keys.PREF_LOSS[parsed.preference_loss]
+    return {**rest, "pref_loss": pref_loss} if isinstance(args, dict) else [*rest, f"--pref_loss={pref_loss}"]
+
+
+def _flag(words: list[str], name: str) -> str | None:
+    """The value of a flag of a command line."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, equals, value = word.partition("=")
+        if key.replace("-", "_") == f"__{name}":
+            return value if equals else following
+    return None
 
 
 def listen_locally(run: Run) -> None:

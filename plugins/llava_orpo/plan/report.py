@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpus import Gpu
 from .recomputed import Recomputed
-from .sizes import Data, assumed, group_tokens, largest
+from .sizes import Data, as_run, assumed, group_tokens, largest
 from .trace import PairSize, Setting, Traced, trace
 
 RESERVE = 1.5e9  # assumed: CUDA context, allocator rounding and fragmentation, temporaries inside kernels
@@ -69,6 +69,7 @@ def engine_of(recipe: Mapping[str, Any]) -> str | None:
 
 def batches_of(data: Data, recipe: Mapping[str, Any], config) -> tuple[list, list, dict[str, float]]:
     """(a typical batch, the longest batch, figures of the epoch) as lists of groups of pair sizes."""
+    data = as_run(data, recipe)
     size = int(recipe.get("per_device_train_batch_size", 8))
     grouped = recipe.get("group_pairs_by_image", False) and recipe.get("shared_prefix", True)
     max_pairs = int(recipe.get("max_pairs_per_image", 4)) if grouped else None

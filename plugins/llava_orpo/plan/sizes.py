@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.anyres import AnyresGeometry
 from ..errors import UserError
+from ..loss_keys import runs_damaged, runs_rejected
 from ..step.batches import fill_batches, image_runs
 from . import hub
 from .trace import PairSize
@@ -67,8 +68,28 @@ class Data:
 
 
 def group_tokens(group: Sequence[PairSize]) -> int:
-    """Tokens of a packed group: image and head once, then every question and its two answers."""
-    return group[0].image + group[0].head + sum(s.question + s.chosen + s.rejected for s in group)
+    """Tokens of a packed group: image and head once, then every question and its two answers.
+
+    With a damaged image that and head once more, then every question and its chosen answer.
+    """
+    shared = group[0].image + group[0].head
+    total = shared + sum(s.question + s.chosen + s.rejected for s in group)
+    return total + (shared + sum(s.question + s.chosen for s in group) if group[0].damaged else 0)
+
+
+def as_run(data: Data, recipe: Mapping[str, Any]) -> Data:
+    """The data with what a training with this recipe's loss runs of each pair."""
+    if runs_rejected(recipe) and not runs_damaged(recipe):
+        return data
+    sizes = [
+        replace(
+            size,
+            damaged=runs_damaged(recipe) and size.image > 0,
+            rejected=size.rejected if runs_rejected(recipe) else 0,
+        )
+        for size in data.sizes
+    ]
+    return replace(data, sizes=sizes)
 
 
 def load_config(recipe: Mapping[str, Any]) -> tuple[Any, str]:
@@ -121,7 +142,7 @@ def largest(size: PairSize, config) -> PairSize:
 
 
 def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
-    """Sizes of tokenized rows (see `data.pairs.PairProcessor`)."""
+    """Sizes of tokenized rows (see `data.pairs.PairProcessor`), of what the recipe's loss runs of them."""
     from ..data.columns import values  # needs pyarrow and datasets, which assumed sizes do not
 
     geometry = AnyresGeometry.from_config(config)
@@ -137,7 +158,8 @@ def sizes_of(rows, recipe: Mapping[str, Any], config) -> Data:
         question = len(prompt) - (1 if image else 0) - shared
         answers = len(table["chosen_ids"][i]), len(table["rejected_ids"][i])
         sizes.append(PairSize(image, tiles, width, height, shared, question, *answers))
-    return Data(sizes, list(table["image_hash"]), len(sizes), f"{recipe['dataset']}, {len(sizes):,} pairs")
+    data = Data(sizes, list(table["image_hash"]), len(sizes), f"{recipe['dataset']}, {len(sizes):,} pairs")
+    return as_run(data, recipe)
 
 
 def data_is_here(recipe: Mapping[str, Any]) -> bool:

@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from .. import upstream
+from .. import loss_keys, upstream
 from ..errors import UserError
-from ..step import attention, orpo
+from ..step import attention, losses, orpo
 from ..step.model import packed_logps, prepare
 from ..step.packing import TokenPair, pack
 from ..upstream import keep_frozen_tower_out_of_autograd
@@ -81,7 +81,7 @@ class Setting:
         bits = recipe.get("quantization_bit")
         if bits not in (None, 4):
             raise UserError(f"quantization_bit: {bits} is not planned; use 4, or leave it out.")
-        reference = recipe.get("pref_loss", "sigmoid") not in ("orpo", "simpo")
+        reference = loss_keys.needs_reference(recipe) and recipe.get("reference") != "cached"
         if reference and kind == "full":
             raise UserError("pref_loss: a reference model beside full tuning is not planned; use orpo or simpo.")
         half = next((dtype for key, dtype in _HALF.items() if recipe.get(key)), None)
@@ -117,7 +117,11 @@ _HALF = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.floa
 
 @dataclass(frozen=True)
 class PairSize:
-    """A pair's size in tokens, its image's tiles and pixels. head: what the prompts of one image share beside it."""
+    """A pair's size in tokens, its image's tiles and pixels.
+
+    head: what the prompts of one image share beside it. rejected: 0 where no rejected answer is run. damaged: whether
+    the chosen answer is run under a damaged image too.
+    """
 
     image: int
     tiles: int
@@ -127,11 +131,13 @@ class PairSize:
     question: int
     chosen: int
     rejected: int
+    damaged: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of the pair as a row of its own."""
-        return self.image + self.head + self.question + self.chosen + self.rejected
+        chosen = self.image + self.head + self.question + self.chosen
+        return chosen * (2 if self.damaged else 1) + self.rejected
 
 
 @dataclass(frozen=True)
@@ -337,10 +343,11 @@ def _batch(config, groups: Sequence[Sequence[PairSize]], mode: FakeTensorMode) -
         pairs.append([])
         for size in group:
             prompt = [1] * size.head + [token] * size.image + [5 + index % 1000] * size.question
-            pairs[-1].append(TokenPair(prompt, [7] * size.chosen, [8] * size.rejected))
+            pairs[-1].append(TokenPair(prompt, [7] * size.chosen, [8] * size.rejected or None))
             index += 1
-    packed = pack(pairs, token)
-    images = [group[0] for group in groups if group[0].image]
+    damaged = [(number, range(len(group))) for number, group in enumerate(groups) if group[0].damaged]
+    packed = pack(pairs, token, damaged)
+    images = [group[0] for group in groups if group[0].image] + [groups[number][0] for number, _ in damaged]
     side, tiles = config.vision_config.image_size, max((size.tiles for size in images), default=0)
     with mode:
         inputs: dict[str, Any] = {}
@@ -368,7 +375,7 @@ def _precision(setting: Setting) -> contextlib.AbstractContextManager:
 def _shared_step(model, setting: Setting, batch: dict[str, Any]) -> torch.Tensor:
     """`training.trainer.SharedPrefixTrainer`'s step: the loss of a batch."""
     device, packed = torch.device("cpu"), batch["packed"]
-    n, frozen_tower = packed.n_pairs, setting.freeze_vision_tower
+    n, rejected, frozen_tower = packed.n_pairs, packed.n_rejected, setting.freeze_vision_tower
     with _precision(setting):
         if setting.reference:
             with torch.no_grad():
@@ -377,10 +384,15 @@ def _shared_step(model, setting: Setting, batch: dict[str, Any]) -> torch.Tensor
         means = out.sums / out.lengths
         with torch.no_grad():  # the logged mean logits
             rows = out.logits.detach().reshape(-1, out.logits.shape[-1])
-            split = sum(packed.response_lengths[:n])
-            rows[:split].float().mean(), rows[split:].float().mean()
+            chosen, other = packed.response_tokens
+            rows[:chosen].float().mean(), rows[chosen : chosen + other].float().mean()
             del rows
-        return orpo.orpo_loss(means[:n], means[n:], setting.beta).loss.mean()
+        chosen = means[:n]
+        terms = orpo.orpo_loss(chosen, means[n : 2 * n], setting.beta).loss if rejected else orpo.sft_loss(chosen)
+        if packed.n_damaged:
+            damaged = chosen.index_copy(0, packed.damaged_pairs, means[n + rejected :])
+            terms = terms + losses.image_odds_ratio(chosen, damaged)
+        return terms.mean()
 
 
 def _stock_step(model, setting: Setting, batch: dict[str, Any]) -> torch.Tensor:

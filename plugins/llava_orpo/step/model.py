@@ -13,12 +13,12 @@ from .vision_tower import skip_unread_vision_layers
 
 
 class PackedLogps(NamedTuple):
-    """One forward over a batch of n pairs with K response tokens.
+    """One forward over a batch of R responses with K tokens.
 
     packed   the batch on the model's device
     logits   (1, K, V) at `packed.logits_to_keep`
-    sums     (2n,) fp32, summed log-prob of each response in nats; chosen first
-    lengths  (2n,) int64, tokens per response
+    sums     (R,) fp32, summed log-prob of each response in nats, in the order of `PackedBatch`
+    lengths  (R,) int64, tokens per response
     """
 
     packed: PackedBatch

@@ -16,12 +16,30 @@ from torch.utils.data import Dataset, Sampler
 from .batches import fill_batches, image_runs
 
 
-class Padding(int):
+class Drawn(int):
+    """The number of a pair as an epoch draws it; `epoch` travels with it into the dataloader's workers."""
+
+    epoch: int
+
+    def __new__(cls, number: int, epoch: int = 0) -> Drawn:
+        made = super().__new__(cls, number)
+        made.epoch = epoch
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return int(self), self.epoch
+
+
+class Padding(Drawn):
     """The number of a pair that holds an empty place of a batch: it is loaded, but has no weight."""
 
 
 class PaddedRows(Dataset):
-    """The rows of a training set by number; the row of a `Padding` number is marked with `padding: True`."""
+    """The rows of a training set by number.
+
+    The row of a `Drawn` number gets its `epoch` and its `place`, the number itself; that of a `Padding` number is also
+    marked with `padding: True`.
+    """
 
     def __init__(self, rows):
         self.rows = rows
@@ -34,8 +52,14 @@ class PaddedRows(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         found = self.rows.__getitems__([int(index) for index in indices])
-        marks = [{"padding": True} if isinstance(index, Padding) else {} for index in indices]
-        return [{**row, **mark} for row, mark in zip(found, marks, strict=True)]
+        return [{**row, **_marks(index)} for row, index in zip(found, indices, strict=True)]
+
+
+def _marks(index: int) -> dict[str, Any]:
+    if not isinstance(index, Drawn):
+        return {}
+    marks: dict[str, Any] = {"epoch": index.epoch, "place": int(index)}
+    return {**marks, "padding": True} if isinstance(index, Padding) else marks
 
 
 class PairOrder(Sampler[int]):
@@ -88,9 +112,10 @@ class PairOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self.epoch_now is not None:
             self.epoch = self.epoch_now()
-        order = self.pairs(self.epoch)
+        epoch, order = self.epoch, self.pairs(self.epoch)
         self.epoch += 1
-        return iter([*order, *(Padding(order[-1]) for _ in range(len(self) - self.n))])
+        padding = [Padding(order[-1], epoch) for _ in range(len(self) - self.n)]
+        return iter([*(Drawn(number, epoch) for number in order), *padding])
 
     def pairs(self, epoch: int) -> list[int]:
         """The numbers of all pairs in the order of an epoch, without padding."""

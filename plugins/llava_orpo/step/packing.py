@@ -9,6 +9,10 @@ root      longest common token prefix of the group's prompts (image level); the 
 question  what is left of a prompt; pairs with equal prompts share it; absent when nothing is left
 responses the tokens of one answer, never shared
 
+The chosen answer under a damaged image is a response of one more group, whose image tokens are the damaged image's:
+
+    [ root, the damaged image | question a | chosen | chosen | question b | chosen ]
+
 A token sees itself, the tokens before it in its own segment, and its segment's ancestors; position ids continue from
 the parent's end. So every hidden state equals the one of the plain sequence prompt + response.
 In pre-order each segment's subtree is one interval, which makes the whole rule `j <= i < subtree_end[j]`
@@ -31,15 +35,19 @@ import torch
 from .token_logps import token_logps
 
 FLEX_BLOCK = 128
+KINDS = ("chosen", "rejected", "damaged")  # of responses, in their order
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to full length."""
+    """One preference pair as token ids; `prompt_ids` with the image placeholder expanded to full length.
+
+    rejected_ids is None where the chosen answer alone is run.
+    """
 
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
-    rejected_ids: Sequence[int]
+    rejected_ids: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -167,24 +175,29 @@ class SharedPrefixLayout:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedPrefixLayout:
-        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SharedPrefixLayout:
-        return _map_tensors(self, torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """n pairs packed into one sequence of T tokens; K response tokens in all.
+    """n pairs packed into one sequence of T tokens; R responses of K tokens in all.
+
+    The responses are chosen 0 .. n-1, then rejected 0 .. n-1 (or none at all), then the d chosen answers under a
+    damaged image.
 
     input_ids, position_ids  (1, T) int64
     layout                   see SharedPrefixLayout
     logits_to_keep           (K,) int64 positions whose logits predict `targets`; a last prompt token is in it
                              once for each response that starts there
-    targets                  (K,) int64, ordered chosen 0 .. n-1, then rejected 0 .. n-1
-    lengths                  (2n,) int64 tokens per response; `response_lengths` the same on the host
+    targets                  (K,) int64, in the order of the responses
+    lengths                  (R,) int64 tokens per response; `response_lengths` the same on the host
     image_positions          (P,) int64 positions of the image tokens, ascending (none when `pack` was not told which
                              token that is)
+    damaged_pairs            (d,) int64 number of the pair of each answer under a damaged image
+    n_pairs, n_damaged       n and d
     """
 
     input_ids: torch.Tensor
@@ -195,10 +208,14 @@ class PackedBatch:
     lengths: torch.Tensor
     response_lengths: tuple[int, ...]
     image_positions: torch.Tensor
+    damaged_pairs: torch.Tensor
+    n_pairs: int
+    n_damaged: int
 
     @property
-    def n_pairs(self) -> int:
-        return len(self.response_lengths) // 2
+    def n_rejected(self) -> int:
+        """n, or 0 where no rejected answer is run."""
+        return len(self.response_lengths) - self.n_pairs - self.n_damaged
 
     @property
     def num_tokens(self) -> int:
@@ -206,8 +223,9 @@ class PackedBatch:
 
     @property
     def response_tokens(self) -> tuple[int, int]:
-        """Tokens of all chosen responses, and of all rejected ones."""
-        return sum(self.response_lengths[: self.n_pairs]), sum(self.response_lengths[self.n_pairs :])
+        """Tokens of all chosen responses, and of all rejected ones; those under a damaged image are not in it."""
+        n = self.n_pairs
+        return sum(self.response_lengths[:n]), sum(self.response_lengths[n : n + self.n_rejected])
 
     @property
     def num_image_tokens(self) -> int:
@@ -215,40 +233,58 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with every tensor on `device`, the layout's too (DDP does not look inside)."""
-        return _map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """Called by `DataLoader(pin_memory=True)`."""
-        return _map_tensors(self, torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
 
-def _map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
+def map_tensors(batch, move: Callable[[torch.Tensor], torch.Tensor]):
+    """The dataclass with every tensor moved, those of a layout inside it too."""
     changes = {}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
             changes[field.name] = move(value)
         elif isinstance(value, (SharedPrefixLayout, ReadPositions)):
-            changes[field.name] = _map_tensors(value, move)
+            changes[field.name] = map_tensors(value, move)
     return dataclasses.replace(batch, **changes)
 
 
-def pack(groups: Sequence[Sequence[TokenPair]], image_token_id: int | None = None) -> PackedBatch:
+def pack(
+    groups: Sequence[Sequence[TokenPair]],
+    image_token_id: int | None = None,
+    damaged: Sequence[tuple[int, Sequence[int]]] = (),
+) -> PackedBatch:
     """Packs groups of pairs into one sequence. The pairs of a group share one image, or are text-only.
 
-    Raises ValueError naming group and pair for an empty group, prompt or response, and, given
-    `image_token_id`, for image tokens in a response or behind the point where the group's prompts part (the
-    image would be in the sequence twice).
+    damaged: (group, which of its pairs) for every damaged image: one more group, behind all others and in this order,
+    with the prompts and the chosen answers of those pairs.
+
+    Raises ValueError naming group and pair for an empty group, prompt or response, for rejected answers of some pairs
+    only, and, given `image_token_id`, for image tokens in a response or behind the point where the group's prompts
+    part (the image would be in the sequence twice).
     """
     row = _Row(image_token_id)
-    pair_index = 0
+    first = [0]
     for number, group in enumerate(groups):
         _check_group(number, group, image_token_id)
-        row.add_group(number, group, pair_index)
-        pair_index += len(group)
-    if pair_index == 0:
+        row.add_group(number, group, range(first[-1], first[-1] + len(group)))
+        first.append(first[-1] + len(group))
+    if first[-1] == 0:
         raise ValueError("nothing to pack: no group was given")
+    if row.kinds["rejected"] not in (0, first[-1]):
+        raise ValueError("some pairs have no rejected answer: all of a batch must have one, or none")
+    for number, indices in damaged:
+        group = chosen_alone([groups[number][index] for index in indices])
+        row.add_group(number, group, [first[number] + index for index in indices], "damaged")
     return row.finish()
+
+
+def chosen_alone(group: Sequence[TokenPair]) -> list[TokenPair]:
+    """The pairs without their rejected answers, as a damaged image's group holds them."""
+    return [dataclasses.replace(pair, rejected_ids=None) for pair in group]
 
 
 def packed_length(group: Sequence[TokenPair]) -> int:
@@ -256,7 +292,7 @@ def packed_length(group: Sequence[TokenPair]) -> int:
     prompts = {tuple(pair.prompt_ids) for pair in group}
     shared = _common_prefix(tuple(prompts))
     questions = sum(len(prompt) - shared for prompt in prompts)
-    return shared + questions + sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in group)
+    return shared + questions + sum(len(pair.chosen_ids) + len(pair.rejected_ids or ()) for pair in group)
 
 
 def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | None) -> None:
@@ -265,6 +301,8 @@ def _check_group(number: int, group: Sequence[TokenPair], image_token_id: int | 
     for index, pair in enumerate(group):
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             ids = getattr(pair, name)
+            if ids is None and name == "rejected_ids":
+                continue
             if name != "prompt_ids" and image_token_id in ids:
                 raise ValueError(f"group {number}, pair {index}: image token in {name}: take <image> out of it")
             if len(ids) == 0:
@@ -285,9 +323,13 @@ class _Row:
         self.ids: list[int] = []
         self.segments: list[Segment] = []
         self.groups: list[tuple[int, int]] = []
-        self.responses: dict[tuple[str, int], tuple[list[int], Sequence[int]]] = {}
+        self.responses: dict[tuple[int, int], tuple[list[int], Sequence[int]]] = {}
+        self.kinds = dict.fromkeys(KINDS, 0)
 
-    def add_group(self, number: int, group: Sequence[TokenPair], first_pair: int) -> None:
+    def add_group(
+        self, number: int, group: Sequence[TokenPair], pairs: Sequence[int], chosen_as: str = "chosen"
+    ) -> None:
+        """pairs: the numbers of the group's pairs in the batch; chosen_as: the kind of their chosen answers."""
         start = len(self.ids)
         prompts = [tuple(pair.prompt_ids) for pair in group]
         shared = _common_prefix(prompts)
@@ -307,8 +349,9 @@ class _Row:
             leaf = self._add_segment(prompt[shared:], parent=root) if len(prompt) > shared else root
             for index in indices:
                 pair = group[index]
-                self._add_response("chosen", first_pair + index, pair.chosen_ids, leaf)
-                self._add_response("rejected", first_pair + index, pair.rejected_ids, leaf)
+                self._add_response(chosen_as, pairs[index], pair.chosen_ids, leaf)
+                if pair.rejected_ids is not None:
+                    self._add_response("rejected", pairs[index], pair.rejected_ids, leaf)
         self.groups.append((shared, len(self.ids) - start - shared))
 
     def _add_segment(self, ids: Sequence[int], parent: int) -> int:
@@ -321,7 +364,8 @@ class _Row:
     def _add_response(self, kind: str, pair: int, ids: Sequence[int], parent: int) -> None:
         segment = self.segments[self._add_segment(ids, parent)]
         last_prompt_token = self.segments[parent].stop - 1
-        self.responses[kind, pair] = ([last_prompt_token, *range(segment.start, segment.stop - 1)], ids)
+        self.kinds[kind] += 1
+        self.responses[KINDS.index(kind), pair] = ([last_prompt_token, *range(segment.start, segment.stop - 1)], ids)
 
     def finish(self) -> PackedBatch:
         ends = [segment.stop for segment in self.segments]
@@ -333,7 +377,7 @@ class _Row:
         starts = torch.tensor([segment.start for segment in self.segments])
         positions = torch.tensor([segment.position for segment in self.segments])
         offset = torch.arange(len(self.ids)) - torch.repeat_interleave(starts, sizes)
-        ordered = [self.responses[key] for key in sorted(self.responses)]  # all chosen, then all rejected
+        ordered = [self.responses[key] for key in sorted(self.responses)]  # kind by kind
         keep = torch.tensor([position for positions, _ in ordered for position in positions])
         read, index = torch.unique(keep, return_inverse=True)
         group_stops = torch.tensor([root + tail for root, tail in self.groups]).cumsum(0)
@@ -357,11 +401,16 @@ class _Row:
             image_positions=torch.tensor(
                 [i for i, token in enumerate(self.ids) if token == self.image_token_id]
             ).long(),
+            damaged_pairs=torch.tensor(
+                sorted(pair for kind, pair in self.responses if KINDS[kind] == "damaged")
+            ).long(),
+            n_pairs=self.kinds["chosen"],
+            n_damaged=self.kinds["damaged"],
         )
 
 
 def response_logps(logits: torch.Tensor, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-prob in nats of every response, (2n,) fp32, and token counts, (2n,) int64; chosen first.
+    """Summed log-prob in nats of every response, (R,) fp32, and token counts, (R,) int64; in their order.
 
     logits: (1, K, V) or (K, V) at `packed.logits_to_keep`. Raises ValueError when K does not fit the batch.
     Each response is summed by itself, so its value does not depend, to the last bit, on the other responses.

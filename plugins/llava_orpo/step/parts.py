@@ -3,7 +3,7 @@
 A batch of `SharedPrefixCollator` that is longer than `max_tokens` holds
 
     parts       the batches that it is cut into, in its order; see the collator for what each holds
-    rows, weights, bad_images   those of all parts; nothing else
+    rows, weights, bad_images, undamaged   those of all parts; nothing else
 
 Loss and metrics are sums over pairs, so that forward and backward of the parts, one after the other, give the gradient
 of the whole. This module needs only torch.
@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 
+LISTED = ("bad_images", "undamaged")  # pairs of a batch, by their index in its rows
+
 
 def whole_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The batch that is made of these."""
     rows: list[dict[str, Any]] = []
-    bad = []
+    listed: dict[str, list] = {key: [] for key in LISTED if key in parts[0]}
     for part in parts:
-        bad += [(len(rows) + index, reason) for index, reason in part["bad_images"]]
+        for key, found in listed.items():
+            found += [(len(rows) + index, reason) for index, reason in part[key]]
         rows += part["rows"]
     weights = torch.cat([part["weights"] for part in parts])
     # weights first: what transformers takes for the batch size is that of the first tensor
-    return {"weights": weights, "rows": rows, "bad_images": bad, "parts": list(parts)}
+    return {"weights": weights, "rows": rows, **listed, "parts": list(parts)}
 
 
 def parts_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -43,8 +46,9 @@ def filled_up(batch: dict[str, Any], count: int) -> dict[str, Any]:
     if len(parts) >= count:
         return batch
     last = parts[-1]
-    filler = {**last, "weights": torch.zeros_like(last["weights"]), "rows": [], "bad_images": [], "filler": True}
-    whole = {key: batch[key] for key in ("weights", "rows", "bad_images")}
+    emptied = {key: [] for key in ("rows", *LISTED) if key in last}
+    filler = {**last, "weights": torch.zeros_like(last["weights"]), **emptied, "filler": True}
+    whole = {key: batch[key] for key in ("weights", "rows", *LISTED) if key in batch}
     return {**whole, "parts": [*parts, *[filler] * (count - len(parts))]}
 
 

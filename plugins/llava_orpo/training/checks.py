@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from llamafactory.extras import logging
 from llamafactory.extras.misc import calculate_tps
 
+from .. import loss_keys
 from ..checkpoint.published import check_folder
 from ..data import columns
 from ..data.conversation import CONVERSATIONS
@@ -162,6 +163,38 @@ def refuse_unusable_rows(rows: dict, run, training_args) -> None:
                 )
 
 
+def refuse_loss(arguments, finetuning_args, stock_because: str) -> None:
+    """Raises UserError for keys of the loss that the run cannot serve.
+
+    arguments: the recipe's `PluginArguments`; stock_because: why LLaMA-Factory's own step runs, or "". What a recipe
+    contradicts by itself was refused when it was read (`loss_keys.problems`).
+    """
+    keys = vars(arguments)
+    if stock_because and (needing := loss_keys.only_here(keys)):
+        raise UserError(f"{needing} needs the shared-prefix step, which this run does not take: {stock_because}.")
+    if arguments.reference and finetuning_args.finetuning_type not in loss_keys.ADAPTERS:
+        raise UserError(
+            f"reference: {arguments.reference} needs `finetuning_type: lora`: the reference is the model without its "
+            "adapter."
+        )
+
+
+def refuse_imageless(rows, arguments) -> None:
+    """Raises UserError where the recipe has an image term and no training row an image, or no other row's.
+
+    rows: the tokenized training set, or None.
+    """
+    if rows is None or not loss_keys.runs_damaged(vars(arguments)):
+        return
+    key = loss_keys.only_here(vars(arguments))
+    images = columns.array(rows, "image")
+    if images.null_count == len(images):
+        raise UserError(f"{key} compares images, and no row of the training set has one.")
+    hashes = set(columns.values(rows, "image_hash")) - {""}
+    if arguments.damaged_image == "other" and len(hashes) == 1:
+        raise UserError("damaged_image: other needs two images or more; the training set has one.")
+
+
 def refuse_token_limit(arguments, finetuning_args, shared_prefix: bool) -> None:
     """Raises UserError for a `max_tokens_per_step` that the run could not keep to.
 
@@ -191,11 +224,10 @@ def refuse_longer_pairs(rows: dict, arguments) -> None:
     if limit is None:
         return
     longest = max(
-        int((prompts + chosen + rejected).max())
-        for part in rows.values()
+        int(run_lengths(one, arguments, name == "train_dataset").max())
+        for name, part in rows.items()
         for one in (part.values() if isinstance(part, dict) else [part])
         if one is not None
-        for prompts, chosen, rejected in [pair_lengths(one)]
     )
     if longest > limit:
         raise UserError(
@@ -212,6 +244,16 @@ def pair_lengths(rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
     placeholders = columns.array(rows, "num_image_tokens").to_numpy()
     return prompts + np.maximum(placeholders - 1, 0), chosen, rejected
+
+
+def run_lengths(rows, arguments, trained: bool) -> np.ndarray:
+    """Tokens of each pair's row in the shared-prefix step, (n,): with the damaged image's group while training."""
+    prompts, chosen, rejected = pair_lengths(rows)
+    keys = vars(arguments)
+    total = prompts + chosen + (rejected if loss_keys.runs_rejected(keys) or not trained else 0)
+    if not trained or not loss_keys.runs_damaged(keys):
+        return total
+    return total + (prompts + chosen) * (columns.array(rows, "num_image_tokens").to_numpy() > 0)
 
 
 def tokens_per_second(rows, metrics: dict[str, float]) -> float:

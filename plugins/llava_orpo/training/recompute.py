@@ -23,6 +23,7 @@ from ..plan.sizes import group_tokens, sizes_of
 from ..plan.trace import PairSize, Setting
 from ..step.attention import unwrap
 from ..step.batches import cut_to_fit
+from ..step.order import Drawn, PaddedRows
 from ..step.parts import parts_of
 
 logger = logging.get_logger("llamafactory." + __name__)
@@ -166,7 +167,7 @@ class FewestLayers(TrainerCallback):
         """
         data = sizes_of(self.trainer.train_dataset, self.keys, unwrap(self.trainer.model).config)
         longest_batch = [i for run in self._longest(data) for i in run]
-        rows = [dict(self.trainer.train_dataset[i]) for i in longest_batch]
+        rows = PaddedRows(self.trainer.train_dataset).__getitems__([Drawn(i) for i in longest_batch])
         pair = max(group_tokens([data.sizes[i]]) for i in longest_batch)
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         while self._largest(not self._fits(batch)):

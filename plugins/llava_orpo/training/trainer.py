@@ -7,7 +7,8 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,13 @@ from transformers.trainer_utils import SaveStrategy
 from ..arguments import PluginArguments
 from ..checkpoint import complete, resume
 from ..data import columns
-from ..data.images import content_hash
+from ..data.images import reference_name
 from ..data.skipped import TRAINING, stop_at_bad_row, write_skipped
 from ..errors import UserError
 from ..preference import scoring, writing
 from ..preference.records import CONDITIONS
 from ..preference.scoring import ScoredRow
 from ..preference.writing import Evaluation
-from ..step import orpo
 from ..step.attention import unwrap
 from ..step.batches import image_runs
 from ..step.model import packed_logps, prepare
@@ -56,11 +56,19 @@ from ..upstream import (
 )
 from .anomalies import ANOMALIES, Anomalies
 from .callbacks import TrackioAfterTraining, WandbExamples
+from .objective import Objective, log_probs
 from .stopping import EvaluationStopped
 from .survival import Survival, goes_on, told_of_full_disk
 
 logger = logging.get_logger("llamafactory." + __name__)
 WINDOW = "log_window_{}.pt"  # of each process: the terms since the last log
+# The objective's terms that are logged as means over the pairs with a damaged image, and under which names.
+GROUNDING = {
+    "image_loss": "image_loss",
+    "grounding_margin": "grounding/margin",
+    "grounding_accuracy": "grounding/accuracy",
+}
+DAMAGED = "grounding/share"  # of the pairs, that have a damaged image
 
 
 class SharedPrefixTrainer(CustomDPOTrainer):
@@ -74,6 +82,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def __init__(self, *args, plugin_arguments: PluginArguments, **kwargs):
         self.plugin = plugin_arguments
         super().__init__(*args, **kwargs)
+        self.objective = Objective.of(self.plugin, self.finetuning_args, self.compute_preference_loss)
         for model in {id(m): m for m in (self.model, self.ref_model) if m is not None}.values():
             line = prepare(model, self.args.device, self.plugin.attention_backend, self.plugin.cudnn_attention)
         logger.info_rank0(line)
@@ -84,6 +93,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
         self._read: dict[str, float] = {}  # see _read_window
         self._bad_images: set[tuple[str, str, int]] = set()
+        self._undamaged: dict[tuple[str, str, int], str] = {}
         self._waited, self._since = 0.0, time.perf_counter()
         self.survival: Survival | None = None  # see survival.attach
         self.signalled: bool | None = None  # whether a process was asked to stop, as of the last optimizer step
@@ -240,29 +250,38 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             )
 
     def concatenated_forward(self, model, batch: dict[str, Any], is_ref_model: bool = False) -> dict[str, torch.Tensor]:
-        """Runs one forward for all responses. Log-probs are means for ipo, orpo and simpo, else sums; (n,) each."""
-        packed, logits, sums, lengths = packed_logps(model, batch, self.args.device, skip_unread=self._tower_frozen)
-        means = sums / lengths
-        logps = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
-        n = packed.n_pairs
-        with torch.no_grad():
-            split = sum(packed.response_lengths[:n])  # on the host: `lengths` would have to come from the device
-            flat = logits.detach().reshape(-1, logits.shape[-1])
-            chosen_logits, rejected_logits = flat[:split].float().mean(), flat[split:].float().mean()
-        return {
-            "chosen_logps": logps[:n],
-            "rejected_logps": logps[n:],
-            "chosen_logps_avg": means[:n],
-            "logps_sum": sums,
-            "chosen_logits": chosen_logits,
-            "rejected_logits": rejected_logits,
-        }
+        """Runs one forward for all responses.
+
+        Returns what `objective.log_probs` does, (n,) each; `{chosen,rejected}_logps`, LLaMA-Factory's, which are means
+        for ipo, orpo and simpo, else sums; `{chosen,rejected}_logits`, mean logits; and logps_sum, (2n,), the sums
+        without those under a damaged image, chosen first. Where no rejected answer was run nothing is said of them.
+        """
+        scored = packed_logps(model, batch, self.args.device, skip_unread=self._tower_frozen)
+        packed, out = scored.packed, log_probs(scored)
+        kind = "mean" if self.loss_type in ("ipo", "orpo", "simpo") else "sum"
+        with torch.no_grad():  # counted on the host: `lengths` would have to come from the device
+            flat = scored.logits.detach().reshape(-1, scored.logits.shape[-1])
+            parts = flat.split([*packed.response_tokens, len(flat) - sum(packed.response_tokens)])
+            for which, rows in zip(("chosen", "rejected") if packed.n_rejected else ("chosen",), parts, strict=False):
+                out[f"{which}_logps"], out[f"{which}_logits"] = out[f"{which}_{kind}"], rows.float().mean()
+        out["logps_sum"] = scored.sums[: packed.n_pairs + packed.n_rejected]
+        return out
+
+    def reference_forward(self, model, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """`concatenated_forward` of the reference model without gradients: the second one, or without the adapter."""
+        if "reference" in batch:
+            return batch["reference"].terms()
+        reference, context = self.ref_model, nullcontext()
+        if reference is None:
+            reference, context = model, self.accelerator.unwrap_model(model).disable_adapter()
+        with torch.no_grad(), context:
+            return self.concatenated_forward(reference, batch, is_ref_model=True)
 
     def pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(terms per pair, each (n,); the forward's output).
 
-        The terms are loss, sft_loss, rewards and, for ORPO, odds_ratio_loss and log_odds. A batch in parts takes a
-        forward for each, whose gradients would keep all parts in memory: see `training_step`.
+        The terms are those of `Objective.terms`. A batch in parts takes a forward for each, whose gradients would keep
+        all parts in memory: see `training_step`.
         """
         if "parts" not in batch:
             return self._pair_losses(model, batch)
@@ -274,26 +293,14 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         joined["logps_sum"] = chosen_first(output["logps_sum"])
         counts = torch.tensor([part["packed"].response_tokens for part, _, _ in scored], dtype=torch.float32)
         for key, count in zip(("chosen_logits", "rejected_logits"), counts.T.to(self.args.device), strict=True):
-            joined[key] = (torch.stack(output[key]) * count).sum() / count.sum()
+            if key in output:
+                joined[key] = (torch.stack(output[key]) * count).sum() / count.sum()
         return terms, joined
 
     def _pair_losses(self, model, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         output = self.concatenated_forward(model, batch)
-        chosen, rejected = output["chosen_logps"], output["rejected_logps"]
-        if self.loss_type == "orpo":
-            terms = orpo.orpo_loss(chosen, rejected, self.beta)
-            out = {
-                "loss": terms.loss,
-                "chosen_rewards": self.beta * chosen.detach(),
-                "rejected_rewards": self.beta * rejected.detach(),
-                "odds_ratio_loss": terms.odds_ratio.detach(),
-                "log_odds": terms.log_odds.detach(),
-            }
-        else:
-            reference = self.compute_reference_log_probs(model, batch)
-            losses, chosen_rewards, rejected_rewards = self.compute_preference_loss(chosen, rejected, *reference)
-            out = {"loss": losses, "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
-        out["sft_loss"] = -output["chosen_logps_avg"]
+        reference = self.reference_forward(model, batch) if self.finetuning_args.use_ref_model else None
+        out = self.objective.terms(output, reference)
         if self.ftx_gamma > 1e-6:
             out["loss"] = out["loss"] + self.ftx_gamma * out["sft_loss"]
         return out, output
@@ -306,6 +313,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         terms, output = self.pair_losses(model, batch)
         self._note_bad_images(batch)
         if train_eval == "train":
+            self._note_undamaged(batch)
             self._anomalies.note(batch["rows"], terms["loss"])
         weights = batch["weights"].to(terms["loss"].device, torch.float32)  # DeepSpeed hands them over in bf16
         whole = batch.get("whole", batch)
@@ -314,26 +322,32 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         def mean(values: torch.Tensor) -> torch.Tensor:
             return (values * share).sum()
 
-        chosen, rejected = terms["chosen_rewards"], terms["rejected_rewards"]
-        metrics = {
-            "rewards/chosen": mean(chosen),
-            "rewards/rejected": mean(rejected),
-            "rewards/accuracies": mean((chosen > rejected).float()),
-            "rewards/margins": mean(chosen - rejected),
-            "logps/chosen": mean(output["chosen_logps"]),
-            "logps/rejected": mean(output["rejected_logps"]),
-            "logits/chosen": output["chosen_logits"],
-            "logits/rejected": output["rejected_logits"],
-        }
+        metrics = {}
+        if "rejected_rewards" in terms:
+            chosen, rejected = terms["chosen_rewards"], terms["rejected_rewards"]
+            metrics = {
+                "rewards/chosen": mean(chosen),
+                "rewards/rejected": mean(rejected),
+                "rewards/accuracies": mean((chosen > rejected).float()),
+                "rewards/margins": mean(chosen - rejected),
+            }
+        answers = [which for which in ("chosen", "rejected") if f"{which}_logps" in output]
+        metrics |= {f"logps/{which}": mean(output[f"{which}_logps"]) for which in answers}
+        metrics |= {f"logits/{which}": output[f"{which}_logits"] for which in answers}
         if "whole" in batch:
             counts = zip(batch["packed"].response_tokens, whole["response_tokens"], strict=True)
-            for key, (part, all_of_it) in zip(("logits/chosen", "logits/rejected"), counts, strict=True):
-                metrics[key] = metrics[key] * (0.0 if batch.get("filler") else part / all_of_it)
-        if self.loss_type == "orpo":
+            for which, (part, all_of_it) in zip(answers, counts, strict=False):
+                share_of_it = 0.0 if batch.get("filler") else part / all_of_it
+                metrics[f"logits/{which}"] = metrics[f"logits/{which}"] * share_of_it
+        if self.objective.name in ("orpo", "sft"):
             metrics["sft_loss"] = metrics["nll_loss"] = mean(terms["sft_loss"])
+        if self.objective.name == "orpo":
             metrics["odds_ratio_loss"] = mean(terms["odds_ratio_loss"])
             metrics["log_odds"] = metrics["log_odds_chosen"] = mean(terms["log_odds"])
             metrics["log_odds_ratio"] = -metrics["odds_ratio_loss"]  # TRL's ORPOTrainer: mean logsigmoid(log_odds)
+        if "has_damaged" in terms and train_eval == "train":
+            metrics |= {name: mean(terms[key]) for key, name in GROUNDING.items()}
+            metrics[DAMAGED] = mean(terms["has_damaged"])
         prefix = "eval_" if train_eval == "eval" else ""
         return mean(terms["loss"]), {f"{prefix}{key}": value.detach() for key, value in metrics.items()}
 
@@ -376,7 +390,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         """Logs and lists each pair whose image could not be decoded, once per run; stops under `bad_rows: error`."""
         for index, reason in batch["bad_images"]:
             row = batch["rows"][index]
-            name = row["pair_id"] or _image_name(row["image"])  # pairs of other LLaMA-Factory formats have no id
+            name = row["pair_id"] or reference_name(row["image"])  # pairs of other LLaMA-Factory formats have no id
             number = row.get("row", -1)
             if (row["dataset"], name, number) in self._bad_images:
                 continue
@@ -386,6 +400,23 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             write_skipped(self.args.output_dir, [entry], rank=self.args.process_index)
             stop_at_bad_row([entry], self.plugin.bad_rows)
             logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
+
+    def _note_undamaged(self, batch: dict[str, Any]) -> None:
+        """Counts the pairs that have no image term, and says so at the first of them."""
+        for index, reason in batch.get("undamaged", ()):
+            row = batch["rows"][index]
+            name = row["pair_id"] or f"row {row['place']}"
+            if not self._undamaged:
+                logger.warning(f"Pair {name} has no image term, as all such pairs: {reason}.")
+            self._undamaged[row["dataset"], name, row["place"]] = reason
+
+    def undamaged(self) -> dict[str, int]:
+        """{why: how many pairs have had no image term in this training}, of all processes."""
+        parts = [self._undamaged]
+        if self.args.world_size > 1:
+            parts = [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, self._undamaged)
+        return dict(Counter({key: reason for part in parts for key, reason in part.items()}.values()))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -399,7 +430,11 @@ class SharedPrefixTrainer(CustomDPOTrainer):
                 terms = dict(zip(terms, self._total(terms).tolist(), strict=True))
         pairs = terms.pop("", 0.0)
         if pairs:  # the mean over all pairs since the last log, on all processes
-            logs.update({key: value / pairs for key, value in terms.items()})
+            terms = {key: value / pairs for key, value in terms.items()}
+            if DAMAGED in terms:
+                share, ours = terms[DAMAGED], {key: terms.pop(key) for key in GROUNDING.values()}
+                terms |= {key: value / share for key, value in ours.items() if share}
+            logs.update(terms)
         Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
 
     def _total(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -618,7 +653,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def _metrics_of(self, evaluation: Evaluation, prefix: str, seconds: float) -> dict[str, float]:
         """The scalars of an evaluation as they are logged."""
         metrics = writing.flat_metrics(evaluation.summary, prefix)
-        if self.loss_type != "orpo":  # the summary knows ORPO's loss; other losses were computed by the trainer
+        if self.objective.name != "orpo":  # the summary knows ORPO's loss; other losses were computed by the trainer
             losses = [row.loss for row in evaluation.scored["true"]]
             metrics[f"{prefix}_loss"] = sum(losses) / len(losses)
         for name in ("grey", "other") if evaluation.grounding else ():
@@ -633,24 +668,59 @@ class SharedPrefixTrainer(CustomDPOTrainer):
 
     def _score(self, dataset, condition: str) -> tuple[list[ScoredRow], list[ScoredRow]]:
         """(scored, unusable) rows of all ranks."""
+
+        def forward(model, batch):
+            terms, output = self.pair_losses(model, batch)
+            return {"logps": output["logps_sum"], "loss": terms["loss"]}
+
+        parts = [self._scored(dataset, condition, range(len(dataset)), forward)]
+        if self.args.world_size > 1:
+            mine, parts = parts[0], [None] * self.args.world_size
+            torch.distributed.all_gather_object(parts, mine)
+        if any(part is None for part in parts):
+            raise EvaluationStopped
+        return scoring.merge(parts)
+
+    def score_reference(
+        self, dataset, condition: str, positions: Sequence[int], on_rows: Callable[[list[ScoredRow]], None]
+    ) -> list[ScoredRow]:
+        """This process's share of the rows at `positions`, scored by the reference model; on_rows sees each batch's."""
+
+        def forward(model, batch):
+            sums = [self.reference_forward(model, part)["logps_sum"] for part in parts_of(batch)]
+            return {"logps": chosen_first(sums[: len([p for p in parts_of(batch) if not p.get("filler")])])}
+
+        return self._scored(dataset, condition, positions, forward, on_rows)
+
+    def _scored(
+        self,
+        dataset,
+        condition: str,
+        positions: Sequence[int],
+        forward: Callable[[Any, dict[str, Any]], dict[str, torch.Tensor]],
+        on_rows: Callable[[list[ScoredRow]], None] | None = None,
+    ) -> list[ScoredRow] | None:
+        """This rank's rows; None where it was asked to stop."""
         model = self.model_wrapped if self.is_deepspeed_enabled or self.is_fsdp_enabled else self.model
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise UserError("Evaluate without training under DeepSpeed is not supported: leave `deepspeed` out.")
         was_training = model.training
         model.eval()
         size = self.args.per_device_eval_batch_size
-        positions = scoring.in_groups(dataset, range(len(dataset)), size, condition, self.plugin)
+        positions = scoring.in_groups(dataset, positions, size, condition, self.plugin)
         positions = scoring.shard(positions, self.args.process_index, self.args.world_size, size)
 
         def score_batch(batch):
             (batch,) = self._in_lockstep([self._prepare_inputs(batch)])
             self._tell_of_parts(batch)
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                terms, output = self.pair_losses(model, batch)
+                scores = forward(model, batch)
             self._note_bad_images(batch)
-            return {"logps": output["logps_sum"], "loss": terms["loss"]}
+            return scores
 
-        def on_batch(_scored):
+        def on_batch(scored):
+            if on_rows is not None:  # which shows its own progress
+                return on_rows(scored)
             stoppable = not self._all_forwards_together  # else all processes must run every forward
             if self.is_in_train and self.survival and self.survival.request.number is not None and stoppable:
                 raise EvaluationStopped
@@ -680,17 +750,4 @@ class SharedPrefixTrainer(CustomDPOTrainer):
                 callback.on_evaluate(self.args, self.state, self.control)  # the next condition gets its own bar
         if was_training:
             model.train()
-        parts = [rows]
-        if self.args.world_size > 1:
-            parts = [None] * self.args.world_size
-            torch.distributed.all_gather_object(parts, rows)
-        if any(part is None for part in parts):
-            raise EvaluationStopped
-        return scoring.merge(parts)
-
-
-def _image_name(image: Any) -> str:
-    """A short name for an image reference of another LLaMA-Factory format: its path, or the hash of its bytes."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    return content_hash(image) if isinstance(image, bytes) else str(image)
+        return rows

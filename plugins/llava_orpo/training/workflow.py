@@ -24,11 +24,14 @@ from .. import upstream
 from ..data.skipped import report_skipped, summarize_skipped
 from ..errors import hide_tracebacks_of_foreseen_errors
 from ..export.model_card import note_training
+from ..loss_keys import runs_damaged
 from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
+from ..step.damage import Damage
 from . import checks, secrets
 from .callbacks import FullLogCallback
 from .recompute import FewestLayers
+from .reference import ReferenceOnce
 from .stopping import StopRequest
 from .survival import attach, choose_checkpoint, same_command, told_what_to_do
 from .trainer import SharedPrefixTrainer
@@ -43,6 +46,9 @@ PLOTTED = (
     "sft_loss",
     "odds_ratio_loss",
     "log_odds",
+    "image_loss",
+    "grounding/margin",
+    "grounding/accuracy",
     "logps/chosen",
     "logps/rejected",
     "learning_rate",
@@ -88,6 +94,9 @@ def _train(trainer, request: StopRequest, training_args, finetuning_args) -> Non
         step, again = trainer.state.global_step, same_command(training_args)
         request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. T{again[1:]} goes on.")
     trainer.save_model()
+    if isinstance(trainer, SharedPrefixTrainer) and (passed_over := trainer.undamaged()):
+        counts = "; ".join(f"{count} pairs, because {reason}" for reason, count in sorted(passed_over.items()))
+        logger.warning_rank0(f"Without an image term: {counts}.")
     if finetuning_args.include_effective_tokens_per_second:
         speed = checks.tokens_per_second(trainer.train_dataset, result.metrics)
         result.metrics["effective_tokens_per_sec"] = speed
@@ -146,10 +155,15 @@ def build(
     )
     if run.shared_prefix:
         collator = SharedPrefixCollator.of(processor, model, run.arguments, training_args.world_size)
+        if runs_damaged(vars(run.arguments)):
+            collator.damage = Damage(run.arguments.damaged_image, training_args.seed, rows.get("train_dataset"))
         trainer = SharedPrefixTrainer(data_collator=collator, plugin_arguments=run.arguments, **shared)
+        keys = [vars(part) for part in (data_args, model_args, finetuning_args, training_args, run.arguments)]
+        keys = dict(ChainMap(*keys))
         if run.arguments.recompute == "auto" and not model_args.disable_gradient_checkpointing:
-            keys = [vars(part) for part in (data_args, model_args, finetuning_args, training_args, run.arguments)]
-            trainer.add_callback(FewestLayers(trainer, dict(ChainMap(*keys))))
+            trainer.add_callback(FewestLayers(trainer, keys))
+        if run.arguments.reference == "cached" and training_args.do_train:
+            trainer.add_callback(ReferenceOnce(trainer, keys))
         attach(trainer, request or StopRequest())
         return trainer
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
@@ -173,6 +187,7 @@ def check(run: Run, model_args, data_args, training_args, finetuning_args) -> st
     checks.refuse_other_sharding(training_args)
     checks.settle_recompute(config, run.arguments, model_args, training_args)
     reason = checks.fallback_reason(config, model_args, finetuning_args)
+    checks.refuse_loss(run.arguments, finetuning_args, reason if run.shared_prefix else "shared_prefix: false")
     checks.refuse_token_limit(run.arguments, finetuning_args, run.shared_prefix and not reason)
     if reason or not run.shared_prefix:
         checks.announce_stock_evaluation(training_args)
@@ -194,6 +209,7 @@ def read_rows(run: Run, template, module, model_args, data_args, training_args) 
     goes_on = training_args.resume_from_checkpoint is not None or not training_args.do_train
     report_skipped(run.skipped, run.considered, limit, training_args.output_dir, write, keep_training=goes_on)
     checks.refuse_unusable_rows(rows, run, training_args)
+    checks.refuse_imageless(rows.get("train_dataset"), run.arguments)
     if run.shared_prefix:
         checks.refuse_longer_pairs(rows, run.arguments)
     return rows
