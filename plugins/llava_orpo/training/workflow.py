@@ -28,6 +28,7 @@ from ..step.attention import unwrap
 from ..step.collator import SharedPrefixCollator
 from . import checks, secrets
 from .callbacks import FullLogCallback
+from .image_check import ImageCheck
 from .recompute import FewestLayers
 from .stopping import StopRequest
 from .survival import attach, choose_checkpoint, same_command, told_what_to_do
@@ -150,6 +151,8 @@ def build(
         if run.arguments.recompute == "auto" and not model_args.disable_gradient_checkpointing:
             keys = [vars(part) for part in (data_args, model_args, finetuning_args, training_args, run.arguments)]
             trainer.add_callback(FewestLayers(trainer, dict(ChainMap(*keys))))
+        if run.arguments.image_check:
+            trainer.add_callback(ImageCheck(trainer))
         attach(trainer, request or StopRequest())
         return trainer
     ignored = IGNORE_INDEX if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
@@ -157,6 +160,8 @@ def build(
         template=template, model=model, pad_to_multiple_of=8, label_pad_token_id=ignored, **module
     )
     trainer = CustomDPOTrainer(data_collator=collator, **shared)
+    if run.arguments.image_check:
+        trainer.add_callback(ImageCheck(trainer))
     attach(trainer, request or StopRequest())
     return trainer
 
