@@ -72,9 +72,9 @@ def pairs(tmp_path_factory):
 def assert_same(folder: Path, names: list[str], expected, **keys) -> Dataset:
     """Reads the datasets in one go; each must give the pairs of `expected`."""
     found, _ = tokenized(folder, {"dataset": ",".join(names), **keys})
-    assert found["dataset"] == [name for name in names for _ in range(len(expected))]
+    assert list(found["dataset"]) == [name for name in names for _ in range(len(expected))]
     for column in SAME:
-        assert found[column] == expected[column] * len(names), column
+        assert list(found[column]) == list(expected[column]) * len(names), column
     return found
 
 
@@ -196,7 +196,7 @@ def test_a_promised_image_that_is_missing_is_no_text_only_pair(pairs):
 def test_filters_and_other_columns_stay(pairs):
     folder, made, paths, _ = pairs
     lines = [
-        {**trl(row, [path]), "origin_dataset": f"set {n}", "idx": n}
+        {**trl(row, [path]), "origin_dataset": f"set {n}", "idx": n + 7}
         for n, (row, path) in enumerate(zip(made, paths, strict=True))
     ]
     write_lines(folder, "sets", "trl_conversational", lines)

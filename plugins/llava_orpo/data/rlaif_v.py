@@ -296,12 +296,16 @@ def _uses_context(texts: Dataset, request: DatasetRequest) -> bool:
     """Whether the column of contexts is there and the recipe's loss takes it; says so where it is left out."""
     if rows.CONTEXT not in texts.column_names:
         return False
-    if getattr(request.arguments, "preference_loss", None) == "dpo_context":
+    if _wants_context(request.arguments):
         return True
     logger.warning_rank0(
         f"{request.name}: the column `{rows.CONTEXT}` is not used: it needs `preference_loss: dpo_context`."
     )
     return False
+
+
+def _wants_context(arguments: PluginArguments) -> bool:
+    return getattr(arguments, "preference_loss", None) == "dpo_context"
 
 
 def image_column(dataset_attr, request: DatasetRequest) -> str:
