@@ -223,6 +223,15 @@ class PluginArguments:
         },
     )
 
+    image_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, score the first batch as it is and with its images made grey, and up to "
+            "four of its pairs by a plain forward with their own image; stop if the images do not reach the model, or "
+            "reach other pairs. It costs these forwards, without gradients."
+        },
+    )
+
     # evaluation
     preference_eval: bool = field(
         default=True,

@@ -23,6 +23,7 @@ KEYS = {
     "logging_steps": STEPS // LOGS,
     "disable_gradient_checkpointing": False,
     "save_strategy": "no",
+    "image_check": False,  # it waits before the first step, once per training
 }
 CASES = {
     "bf16": {"bf16": True},

@@ -85,6 +85,7 @@ class Conversation:
         chosen: Sequence[str],
         rejected: Sequence[str],
         has_image: Sequence[bool],
+        contexts: Sequence[str] | None = None,
     ) -> list[tuple[list[int], list[int], list[int]]]:
         """Token ids of preference pairs, as a list of (prompt_ids, chosen_ids, rejected_ids).
 
@@ -94,18 +95,29 @@ class Conversation:
         of the prompt with the start of an answer (possible in chatml, when an answer opens with a newline): such a
         piece, and whatever differs before it because of it, then belongs to the responses.
 
+        A context is the beginning of an answer that comes before both responses. It ends prompt_ids, under the same
+        rule: the joined ids are those of the whole text, in which one space parts context and response unless there is
+        whitespace between them.
+
         Args:
             tokenizer: a fast transformers tokenizer with a BPE model.
-            questions, chosen, rejected, has_image: one entry per pair.
+            questions, chosen, rejected, has_image, contexts: one entry per pair; a context may be "".
         Raises:
             ValueError: lengths differ, or the tokenizer does not fit the format.
         """
         private = private_tokenizer(self, tokenizer, len(tokenizer))
+        contexts = [""] * len(questions) if contexts is None else contexts
         rows = [
-            (private.conversation.render_prompt(question, image), *map(private.conversation.render_response, answers))
-            for question, image, *answers in zip(questions, has_image, chosen, rejected, strict=True)
+            (
+                private.conversation.render_prompt(question, image),
+                *(private.conversation.render_response(with_context(context, answer)) for answer in answers),
+            )
+            for question, image, context, *answers in zip(questions, has_image, contexts, chosen, rejected, strict=True)
         ]
-        apart = [private.begins_apart(good) and private.begins_apart(bad) for _, good, bad in rows]
+        apart = [
+            not context and private.begins_apart(good) and private.begins_apart(bad)
+            for context, (_, good, bad) in zip(contexts, rows, strict=True)
+        ]
         out: list = [None] * len(rows)
 
         once = [i for i, alone in enumerate(apart) if alone]
@@ -119,7 +131,8 @@ class Conversation:
         twice = [i for i, alone in enumerate(apart) if not alone]
         encoded = private.whole.encode_batch([rows[i][0] + text for i in twice for text in rows[i][1:]])
         for i, good, bad in zip(twice, encoded[0::2], encoded[1::2], strict=True):
-            out[i] = _cut(len(rows[i][0]), good, bad)
+            begun = len(private.conversation.response[0] + contexts[i]) if contexts[i] else 0
+            out[i] = _cut(len(rows[i][0]) + begun, good, bad)
         return out
 
     def encode_turns(
@@ -154,6 +167,12 @@ class Conversation:
             out.append((encoding.ids[position:cut], encoding.ids[cut:stop]))
             position = stop
         return out
+
+
+def with_context(context: str, response: str) -> str:
+    """The whole answer that a context begins and a response ends, with a space between two words."""
+    parted = not context or context[-1].isspace() or response[:1].isspace()
+    return context + ("" if parted else " ") + response
 
 
 def expand_image_token(prompt_ids: Sequence[int], image_token_id: int, n: int) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 from PIL.Image import Image as PILImage
 
 from . import images
@@ -31,6 +31,7 @@ from .parquet_pages import Place
 ARROW = "arrow:"
 PARQUET = "parquet:"
 OWN = (ARROW, PARQUET)  # what a path in a data file must not begin with
+TOO_MANY = "{} images: LLaVA-1.6 was trained with one image per conversation"
 GROUPS_BYTES = 256 << 20  # unpacked row groups that a process keeps; the last one stays whatever its size
 
 
@@ -121,17 +122,22 @@ def _parquet_cell(reference: str) -> Any:
 
 
 def undecoded(dataset: Dataset, column: str) -> Dataset:
-    """The dataset with its image column as {bytes, path}: the original bytes, never a decoded picture."""
-    if isinstance(dataset.features[column], Image):
+    """The dataset with its images as {bytes, path}, or lists of it: the original bytes, never a decoded picture."""
+    kind = dataset.features[column]
+    if isinstance(kind, Image):
         return dataset.cast_column(column, Image(decode=False))
+    if isinstance(kind, List) and isinstance(kind.feature, Image):
+        return dataset.cast_column(column, List(Image(decode=False)))
     return dataset
 
 
-def read(reference: str | bytes | dict) -> str | bytes:
+def read(reference: str | bytes | dict | list) -> str | bytes:
     """The image behind a reference: its original bytes, or the path of its file.
 
-    Accepts what LLaMA-Factory passes around too: bytes, a path, or `{bytes, path}`.
+    Accepts what LLaMA-Factory passes around too: bytes, a path, or `{bytes, path}`, and a list of one of these.
     """
+    if isinstance(reference, list):
+        (reference,) = reference
     if isinstance(reference, dict):
         return reference["bytes"] if reference.get("bytes") is not None else reference["path"]
     if isinstance(reference, str) and reference.startswith(ARROW):

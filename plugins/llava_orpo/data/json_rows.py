@@ -15,11 +15,11 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from ..errors import UserError
-from . import rows
+from . import image_store, rows
 
 SUFFIXES = (".json", ".jsonl")
 TEXTS = ("question", "chosen", "rejected")
-VERSION = 1  # part of the cache key: raise it when a file gives other rows
+VERSION = 2  # part of the cache key: raise it when a file gives other rows
 
 
 def files_of(dataset_attr, dataset_dir: str) -> list[str]:
@@ -31,10 +31,13 @@ def files_of(dataset_attr, dataset_dir: str) -> list[str]:
     return files if all(os.path.isfile(file) and file.endswith(SUFFIXES) for file in files) else []
 
 
-def load(files: Sequence[str], image_column: str | None, cache_dir: str | None) -> Dataset:
+def load(
+    files: Sequence[str], image_column: str | None, cache_dir: str | None, texts: Sequence[str] = TEXTS
+) -> Dataset:
     """The rows of the files as one dataset of text columns, kept in the cache of `datasets` while the files stay.
 
-    image_column: the column that holds an image's path, or `{path}`; "image" where an entry names none.
+    image_column: the column that holds an image's path, `{path}`, or a list of one; "image" where an entry names none.
+    texts: the columns that must hold text; lists and objects in others become JSON texts.
     Raises UserError for files without any row.
     """
     image_column = image_column or "image"
@@ -51,7 +54,13 @@ def load(files: Sequence[str], image_column: str | None, cache_dir: str | None) 
         _generate,
         features=features,
         cache_dir=cache_dir,
-        gen_kwargs={"stamps": stamps, "names": names, "image_column": image_column, "version": VERSION},
+        gen_kwargs={
+            "stamps": stamps,
+            "names": names,
+            "image_column": image_column,
+            "texts": list(texts),
+            "version": VERSION,
+        },
     )
 
 
@@ -88,7 +97,9 @@ def parsed(data: bytes) -> Any:
         return ValueError(f"not JSON ({error})")
 
 
-def as_texts(value: Any, names: Sequence[str], image_column: str) -> dict[str, str | None]:
+def as_texts(
+    value: Any, names: Sequence[str], image_column: str, texts: Sequence[str] = TEXTS
+) -> dict[str, str | None]:
     """One row of a file as text columns, with the reason in `rows.UNREADABLE` if it cannot be used."""
     row: dict[str, str | None] = dict.fromkeys((*names, rows.UNREADABLE))
     if isinstance(value, ValueError):
@@ -99,7 +110,7 @@ def as_texts(value: Any, names: Sequence[str], image_column: str) -> dict[str, s
     for name in names:
         item = value.get(name)
         try:
-            if name in TEXTS and item is not None and not isinstance(item, str):
+            if name in texts and item is not None and not isinstance(item, str):
                 raise rows.RowError(f"`{name}` is not text but {type(item).__name__}")
             text = _path_of(item) if name == image_column else _text(item)
             if text is not None and any("\ud800" <= ch <= "\udfff" for ch in text):
@@ -110,10 +121,10 @@ def as_texts(value: Any, names: Sequence[str], image_column: str) -> dict[str, s
     return {**row, rows.UNREADABLE: reason}
 
 
-def _generate(stamps, names, image_column, version):
+def _generate(stamps, names, image_column, texts, version):
     for file, *_ in stamps:
         for value in read(file):
-            yield as_texts(value, names, image_column)
+            yield as_texts(value, names, image_column, texts)
 
 
 def _rows_of_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
@@ -131,7 +142,11 @@ def _text(item: Any) -> str | None:
 
 
 def _path_of(item: Any) -> str | None:
-    """The path of an image; bytes have no place in JSON."""
+    """The path of an image, which may be the only one of a list; bytes have no place in JSON."""
+    if isinstance(item, list):
+        if len(item) > 1:
+            raise rows.RowError(image_store.TOO_MANY.format(len(item)))
+        item = item[0] if item else None
     if isinstance(item, dict):
         if item.get("bytes") is not None:
             raise rows.RowError("the image holds `bytes`, which JSON cannot: write it to a file and name the path")

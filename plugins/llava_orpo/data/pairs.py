@@ -32,10 +32,10 @@ OTHER_FORMATS = {
 class PairProcessor(PairwiseDatasetProcessor):
     """Tokenizes pairs for the shared-prefix collator, or for the stock one (`shared_prefix: false`).
 
-    Output columns: question (the user's words), prompt_ids (one image placeholder), chosen_ids, rejected_ids (response
-    tokens with the end token), num_image_tokens, image (reference or None) with its width and height, the fields of
-    `IDENTITY` (blank for other LLaMA-Factory formats), and skip (a reason; empty for a good pair). The caller drops and
-    lists the rows with a reason. With `shared_prefix: false` also the stock columns:
+    Output columns: question (the user's words), prompt_ids (one image placeholder; a pair's context ends them),
+    chosen_ids, rejected_ids (response tokens with the end token), num_image_tokens, image (reference or None) with its
+    width and height, the fields of `IDENTITY` (blank for other LLaMA-Factory formats), and skip (a reason; empty for a
+    good pair). The caller drops and lists the rows with a reason. With `shared_prefix: false` also the stock columns:
     {chosen,rejected}_{input_ids,attention_mask,labels}, images, videos, audios.
     """
 
@@ -58,6 +58,7 @@ class PairProcessor(PairwiseDatasetProcessor):
             [pair[0] if pair else "" for pair in answers],
             [pair[1] if len(pair) > 1 else "" for pair in answers],
             [ref is not None for ref in refs],
+            [(identity or {}).get("context") or "" for identity in identities],
         )
         out: dict[str, list[Any]] = {key: [] for key in self._columns()}
         for i, (prompt_ids, chosen_ids, rejected_ids) in enumerate(encoded):

@@ -24,12 +24,12 @@ from llamafactory.extras import logging
 
 from ..arguments import PluginArguments
 from ..errors import UserError
-from . import columns, image_store, images, media, parquet_rows, rows
+from . import columns, image_store, images, media, message_rows, parquet_rows, rows
 
 logger = logging.get_logger("llamafactory." + __name__)
 
 # parts of the cache keys: raise one when its function gives other columns or values
-INDEX_VERSION = 2  # index_images
+INDEX_VERSION = 3  # index_images
 TEXTS_VERSION = 1  # check_texts
 FILTER_VERSION = 1  # match_rows
 CONVERTED = (
@@ -56,6 +56,7 @@ class DatasetRequest:
     entry_filter: dict[str, Any] | None = None
     max_samples: int | None = None
     num_samples: int | None = None
+    formatting: str = "rlaif_v"  # or one of `message_rows.READERS`
     held: parquet_rows.HeldImages | None = None  # images that are no column of the dataset, but stay in parquet files
     skipped: list[dict[str, Any]] = field(default_factory=list)  # filled by `align`
     considered: int = 0
@@ -114,9 +115,14 @@ def _index(cells, reference, column: str, media_dirs: list[str], verify: str) ->
     out = {"_ref": [], "_hash": [], "_width": [], "_height": [], "_problem": []}
     for position, value in enumerate(cells):
         ref, digest, size, problem = "", "", (0, 0), ""
+        count = len(value) if isinstance(value, list) else 1
+        if isinstance(value, list):
+            value = value[0] if value else None
         try:
             if value is None or (isinstance(value, dict) and value.get("bytes") is None and not value.get("path")):
                 problem = "no image"
+            elif count > 1:
+                problem = image_store.TOO_MANY.format(count)
             else:
                 if isinstance(value, dict) and value.get("bytes") is not None:
                     data = value["bytes"]
@@ -145,9 +151,11 @@ def _find_file(path: str, media_dirs: list[str]) -> str:
 def _stamp(dataset: Dataset, column: str, media_dirs: list[str]) -> str:
     """A hash of the image files that a column of paths names: a file that was added or changed is read again."""
     kind = dataset.features[column]
+    kind = getattr(kind, "feature", kind)  # of a list
     if getattr(kind, "dtype", "") not in ("string", "large_string"):
         return ""
-    paths = sorted({path for path in dataset[column] if isinstance(path, str)})
+    cells = (cell if isinstance(cell, list) else [cell] for cell in dataset[column])
+    paths = sorted({path for cell in cells for path in cell if isinstance(path, str)})
     return images.content_hash(repr(media.states(paths, media_dirs)).encode())
 
 
@@ -240,7 +248,7 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
     Order of work: image index, filter, held-out part, bad rows out (into `request.skipped`), `num_samples`
     / `max_samples`, conversion by `RlaifVConverter`.
     """
-    column = dataset_attr.images or "image"
+    column = image_column(dataset_attr, request)
     media_dirs = media.folders_of(dataset_attr, data_args)
     if request.held is None and column not in dataset.column_names and "image_path" in dataset.column_names:
         column = "image_path"
@@ -263,11 +271,17 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
         blank = {"_ref": [""], "_hash": [""], "_width": [0], "_height": [0], "_problem": ["no image"]}
         index = Dataset.from_dict({key: value * len(dataset) for key, value in blank.items()})
 
-    checks = _map_columns(
-        texts, CHECKED, check_texts, f"Checking the texts of {request.name}", num_proc, version=TEXTS_VERSION
-    )
+    if request.formatting != "rlaif_v":
+        texts = message_rows.as_texts(dataset, request.formatting, column, num_proc)
+        if request.arguments.allow_text_only:
+            index = _with_promised_images(index, texts)
+    with_context = _uses_context(texts, request)
+    extra = (rows.CONTEXT,) if with_context else ()
+    settings = {"version": TEXTS_VERSION, **({"context": True} if with_context else {})}
+    desc = f"Checking the texts of {request.name}"
+    checks = _map_columns(texts, (*CHECKED, *extra), check_texts, desc, num_proc, **settings)
     kept = _choose(texts, index, checks, request, num_proc)
-    converted = [c for c in CONVERTED if c in texts.column_names]
+    converted = [c for c in (*CONVERTED, *extra) if c in texts.column_names]
     joined = concatenate_datasets([texts.select_columns(converted), index, checks], axis=1)
     return joined.select(range(len(joined)) if len(kept) == len(joined) else kept).map(
         RlaifVConverter(dataset_attr, data_args, request.name),
@@ -278,11 +292,48 @@ def align(dataset: Dataset, dataset_attr, data_args, request: DatasetRequest, nu
     )
 
 
-def check_texts(batch, indices, *, version):
-    """Number and pair id of every row, and why its texts can't be used (empty if they can). For `_map_columns`."""
+def _uses_context(texts: Dataset, request: DatasetRequest) -> bool:
+    """Whether the column of contexts is there and the recipe's loss takes it; says so where it is left out."""
+    if rows.CONTEXT not in texts.column_names:
+        return False
+    if _wants_context(request.arguments):
+        return True
+    logger.warning_rank0(
+        f"{request.name}: the column `{rows.CONTEXT}` is not used: it needs `preference_loss: dpo_context`."
+    )
+    return False
+
+
+def _wants_context(arguments: PluginArguments) -> bool:
+    return getattr(arguments, "preference_loss", None) == "dpo_context"
+
+
+def image_column(dataset_attr, request: DatasetRequest) -> str:
+    """The column of the images: the one that the entry names, else what its layout calls it."""
+    return dataset_attr.images or ("image" if request.formatting == "rlaif_v" else message_rows.IMAGES)
+
+
+def _with_promised_images(index: Dataset, texts: Dataset) -> Dataset:
+    """The index in which a row lacks its image, and is no text-only pair, where its messages say that there is one."""
+    marked = columns.values(texts, message_rows.MARKED)
+    reason = "the messages name an image, and there is none"
+    problems = [
+        reason if problem == "no image" and mark else problem
+        for problem, mark in zip(columns.values(index, "_problem"), marked, strict=True)
+    ]
+    return index.remove_columns("_problem").add_column("_problem", problems)
+
+
+def check_texts(batch, indices, *, version, context=False):
+    """Number and pair id of every row, and why its texts can't be used (empty if they can). For `_map_columns`.
+
+    context: whether the rows' contexts are used.
+    """
     out = {"_row": [], "_pair_id": [], "_bad_text": []}
     for row, number in zip(_rows_of(batch), indices, strict=True):
         try:
+            if context:
+                rows.context_of(row)
             rows.preference_texts(row)
             reason = ""
         except rows.RowError as err:
@@ -430,7 +481,7 @@ class RlaifVConverter(DatasetConverter):
 
     `_prompt` holds the bare question: the template puts the image before it, so an `<image>` that a question
     or answer contains is text. `_images` holds a reference (see `image_store`). `_identity` carries the pair's
-    identity: pair_id, row, dataset, source, question_type, image_hash, width, height.
+    identity: pair_id, row, dataset, source, question_type, image_hash, width, height, and its context.
     """
 
     name: str = "rlaif_v"
@@ -458,5 +509,6 @@ class RlaifVConverter(DatasetConverter):
                 "image_hash": example["_hash"],
                 "width": example["_width"],
                 "height": example["_height"],
+                "context": rows.context_of(example),
             },
         }

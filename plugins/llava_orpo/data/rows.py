@@ -49,6 +49,28 @@ def parse_json(text: Any) -> Any:
         return text
 
 
+CONTEXT = "context"  # column of the clean beginning of an answer that comes before both responses
+
+
+def context_of(row: Mapping[str, Any]) -> str:
+    """The beginning of an answer that comes before both responses of a row, "" if it has none. Raises RowError.
+
+    Of a context that holds a whole answer nothing is left to prefer (arXiv 2507.12455 pairs next sentences).
+    """
+    context = row.get(CONTEXT)
+    if context is None:
+        return ""
+    if not isinstance(context, str):
+        raise RowError(f"`{CONTEXT}` is not text but {type(context).__name__}")
+    if SURROGATE.search(context):
+        raise RowError(f"`{CONTEXT}` holds half a character (a lone surrogate)")
+    for field in ("chosen", "rejected"):
+        answer = row.get(field)
+        if context.strip() and isinstance(answer, str) and context.strip().endswith(answer.strip()):
+            raise RowError(f"`{CONTEXT}` contains the whole answer: nothing is left of `{field}`")
+    return context if context.strip() else ""
+
+
 def preference_texts(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """(question, chosen, rejected) of a row in RLAIF-V's or RLHF-V's layout. Raises RowError."""
     if row.get(UNREADABLE):

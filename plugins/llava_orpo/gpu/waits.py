@@ -230,6 +230,7 @@ def in_the_trainer(machine: Machine) -> dict[str, tuple[Any, str]]:
         keys |= dict(model_name_or_path=str(folder / "model"), dataset_dir=name, dataset="rows", cutoff_len=4096)
         keys |= dict(finetuning_type="lora", lora_rank=4, lora_target="q_proj,v_proj", output_dir=str(folder / "out"))
         keys |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=TRAINER_STEPS)
+        keys |= dict(image_check=False)  # it waits too, once per training
         keys |= dict(logging_steps=1, save_strategy="no", report_to="none", use_cpu=machine.device.type == "cpu")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and logs
             *arguments, _ = get_train_args(keys)

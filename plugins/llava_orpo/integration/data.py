@@ -13,7 +13,7 @@ from llamafactory.data import loader
 from llamafactory.extras import logging
 from pyarrow import ArrowInvalid
 
-from ..data import columns, json_rows, parquet_rows, rlaif_v
+from ..data import columns, json_rows, message_rows, parquet_rows, rlaif_v
 from ..data.other_formats import leave_out_strange_paths
 from ..data.pairs import PairProcessor
 from ..data.skipped import stop_at_bad_row
@@ -37,8 +37,9 @@ def keep_entries(original):
         else:
             info = {}
         for name, attribute in zip(dataset_names or [], attributes, strict=True):
-            if attribute.formatting == "rlaif_v":
+            if attribute.formatting == "rlaif_v" or attribute.formatting in message_rows.READERS:
                 attribute.llava_orpo = rlaif_v.read_request(name, info.get(name, {}), current().arguments)
+                attribute.llava_orpo.formatting = attribute.formatting
         return attributes
 
     return get_dataset_list
@@ -56,10 +57,18 @@ def sample_after_filter(original):
         request.num_samples, dataset_attr.num_samples = dataset_attr.num_samples, None
         files = json_rows.files_of(dataset_attr, data_args.dataset_dir)
         if files and not data_args.streaming:  # row by row: one odd row must not stop the whole file
-            dataset = json_rows.load(files, dataset_attr.images, model_args.cache_dir)
+            image_column = rlaif_v.image_column(dataset_attr, request)
+            plain = message_rows.PLAIN_TEXTS.get(request.formatting, json_rows.TEXTS)
+            dataset = json_rows.load(files, image_column, model_args.cache_dir, plain)
             return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
         try:
-            if request.arguments.image_storage == "parquet" and not data_args.streaming:
+            parquet = request.arguments.image_storage == "parquet" and not data_args.streaming
+            if parquet and request.formatting != "rlaif_v":
+                logger.warning_rank0(
+                    f"image_storage: parquet serves `formatting: rlaif_v` alone; the images of {request.name} are read "
+                    "from the Arrow copy that `datasets` makes."
+                )
+            elif parquet:
                 dataset, request.held = parquet_rows.load(request.name, dataset_attr, model_args, data_args)
                 return loader.align_dataset(dataset, dataset_attr, data_args, training_args)
             return original(dataset_attr, model_args, data_args, training_args)

@@ -30,6 +30,7 @@ from ..step.collator import SharedPrefixCollator
 from ..step.damage import Damage
 from . import checks, secrets
 from .callbacks import FullLogCallback
+from .image_check import ImageCheck
 from .recompute import FewestLayers
 from .reference import ReferenceOnce
 from .stopping import StopRequest
@@ -162,6 +163,8 @@ def build(
         keys = dict(ChainMap(*keys))
         if run.arguments.recompute == "auto" and not model_args.disable_gradient_checkpointing:
             trainer.add_callback(FewestLayers(trainer, keys))
+        if run.arguments.image_check:
+            trainer.add_callback(ImageCheck(trainer))
         if run.arguments.reference == "cached" and training_args.do_train:
             trainer.add_callback(ReferenceOnce(trainer, keys))
         attach(trainer, request or StopRequest())
@@ -171,6 +174,8 @@ def build(
         template=template, model=model, pad_to_multiple_of=8, label_pad_token_id=ignored, **module
     )
     trainer = CustomDPOTrainer(data_collator=collator, **shared)
+    if run.arguments.image_check:
+        trainer.add_callback(ImageCheck(trainer))
     attach(trainer, request or StopRequest())
     return trainer
 
