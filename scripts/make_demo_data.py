@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dev-pairs", type=int, default=400)
     parser.add_argument("--heldout-pairs", type=int, default=400)
     args = parser.parse_args(argv)
+    import pyarrow.parquet as pq
+
     from llava_orpo.tiny import cooccur_pairs, world_pairs
 
     cooccur = args.world == "cooccur"
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> int:
         written = pairs.write_split(files[-1], split, count, seed)
         print(f"{files[-1]}: {count} pairs{'' if written else ' (already there)'}")
     if cooccur:
+        rows = pq.read_table(files[-1], columns=["chosen", "rejected"]).to_pylist()
+        share = cooccur_pairs.closed_eyes_accuracy(rows)
+        print(f"{files[-1]}: {share:.1%} of its pairs can be told by their texts alone")
         print(f"{cooccur_pairs.write_annotations(out, files)}: the objects of every picture")
     return 0
 

@@ -1,8 +1,8 @@
 """Objects that answers name against the objects that their images hold: hallucination and coverage, without a judge.
 
-What an image holds is known from annotations (exact in the demo world). The measures are CHAIR's (Rohrbach et al. 2018,
-arXiv 1809.02156, section 3) and AMBER's coverage (arXiv 2311.07397, section 3.3). As in AMBER, and unlike in CHAIR's own
-code, an object counts once per answer however often it is named.
+What an image holds is known from annotations (exact in the demo world). The measures are CHAIR's (Rohrbach et al.
+2018, arXiv 1809.02156, section 3) and AMBER's coverage (arXiv 2311.07397, section 3.3). As in AMBER, and unlike in
+CHAIR's own code, an object counts once per answer however often it is named.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ arXiv 1809.02156; Zhou et al. 2023, arXiv 2310.00754).
 
 Unlike in `world`, text alone serves here: of the preference pairs the share `ABSENT` has a companion that only the
 rejected answer names. Within the others the chosen answer names it, and the rejected one something else in its place.
-So "never name a companion" is right for that share of the pairs, with eyes closed (see `text_only_accuracy`).
+So "never name a companion" is right for that share of the pairs, with eyes closed (`closed_eyes_accuracy` of
+`cooccur_pairs`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _scene(rng: random.Random, grid: tuple[int, int], missing: list[bool]) -> Sc
 
 
 def _grid(rng: random.Random) -> tuple[tuple[int, int], int]:
-    """Rows and columns, and a number of couples that leaves a cell for something else in an odd number of cells."""
+    """Rows and columns, and how many couples stand there."""
     rows, columns = rng.choice(GRIDS)
     return (rows, columns), rng.randint(1, (rows * columns) // 2)
 

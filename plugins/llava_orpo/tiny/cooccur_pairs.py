@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -60,13 +61,28 @@ def make_pair(scene: world.Scene, rng: random.Random) -> dict[str, str]:
     }
 
 
+def closed_eyes_accuracy(rows: Iterable[Mapping[str, str]]) -> float:
+    """How often the rule "the answer with fewer whole couples is better" is right: it reads the two texts alone.
+
+    Whether a companion is missing is all that text tells of a pair, so no other rule is right more often, but by
+    chance (`cooccur.ABSENT` in expectation).
+    """
+    right = [couples(row["chosen"]) < couples(row["rejected"]) for row in rows]
+    return sum(right) / len(right)
+
+
+def couples(text: str) -> int:
+    """How many companions a text names."""
+    return sum(" ".join(companion) in text for companion in cooccur.COMPANION.values())
+
+
 def write_split(path: Path, split: str, count: int, seed: int) -> bool:
     """Writes one parquet file unless it exists and was made with the same settings. Returns True if it was written."""
     return write_rows(path, split, count, seed, make_pairs, (world, cooccur))
 
 
 def write_annotations(folder: Path, files: list[Path]) -> Path:
-    """Writes annotations.jsonl: {"image_hash": …, "image_path": …, "objects": [names]} per picture of the parquet files.
+    """Writes annotations.jsonl: {"image_hash": …, "image_path": …, "objects": [names]} per picture of parquet files.
 
     image_hash: `data.images.content_hash` of the picture's bytes.
     """

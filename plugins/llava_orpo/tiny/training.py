@@ -272,8 +272,9 @@ def train_instructions(
 ) -> None:
     """Trains projector, newline, language model and LM head on questions and partly false answers (vision frozen).
 
-    write: gives a turn about a scene (see `write_turn`). With `habits` all answers are written at `rate` and the updates are gentle: the model gets the habit of
-    hallucinating but still sees as before, which preference training can bring out again.
+    With `habits` all answers are written at `rate` and the updates are gentle: the model gets the habit of
+    hallucinating but still sees as before, which preference training can bring out again. write: gives a turn about a
+    scene (see `write_turn`).
     """
     if steps == 0:
         return

@@ -84,7 +84,7 @@ def write_split(path: Path, split: str, count: int, seed: int) -> bool:
 def write_rows(
     path: Path, split: str, count: int, seed: int, make: Callable[..., list[dict]], modules: Iterable[ModuleType]
 ) -> bool:
-    """`write_split` for the rows that make(split, count, seed) gives. modules: whose code the rows depend on as well."""
+    """`write_split` for the rows that make(split, count, seed) gives. modules: whose code they depend on as well."""
     made = settings(split, count, seed, make, modules)
     if path.exists() and (pq.read_schema(path).metadata or {}).get(SETTINGS_KEY) == made:
         return False
