@@ -11,14 +11,16 @@ from pathlib import Path
 
 import make_demo_data
 import make_tiny_llava
+import objects
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from helpers.paths import ROOT
 from llava_orpo.data.images import content_hash
 from llava_orpo.evaluation.objects import Vocabulary, read_annotations, read_vocabulary
-from llava_orpo.tiny import cooccur, cooccur_pairs, world
+from llava_orpo.tiny import cooccur, cooccur_pairs, training, world
 
 KNOWN = Vocabulary({" ".join(kind): [] for kind in cooccur.KINDS})
 
@@ -176,3 +178,43 @@ def test_same_flags_same_weights_and_a_tokenizer_of_the_world(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     text = cooccur.describe(cooccur.pair_scene(random.Random(0)), 0)
     assert len(tokenizer.tokenize(text)) < 1.3 * len(text.replace(",", " ,").replace(".", " .").split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The whole world as its commands make it: data and model (minutes)."""
+    out = tmp_path_factory.mktemp("made")
+    threads = torch.get_num_threads()
+    assert make_demo_data.main(["--world", "cooccur", "--out", str(out / "data"), "--train-pairs", "100"]) == 0
+    assert make_tiny_llava.main(["--world", "cooccur", "--out", str(out / "model")]) == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.mark.heavy
+def test_the_tower_sees_what_the_model_denies(made):
+    """A linear reading of the tower's patches tells kinds of objects on pictures that it was not fitted on."""
+    model = AutoModelForImageTextToText.from_pretrained(made / "model").eval()
+    pictures = training.draw_pictures(AutoProcessor.from_pretrained(made / "model"), 600, 4242, cooccur.random_scene)
+    seen, labels = training.see(model, pictures.tiles).flatten(0, 1), (pictures.colors, pictures.shapes)
+    kinds = (labels[0] * len(training.SHAPE_CLASSES) + labels[1]).flatten()
+    half = pictures.offsets[300] * pictures.colors.shape[1]
+    seen = torch.cat((seen, torch.ones(len(seen), 1)), 1)
+    onehot = torch.nn.functional.one_hot(kinds).float()
+    weights = torch.linalg.lstsq(seen[:half].double(), onehot[:half].double()).solution
+    covered = labels[1].flatten()[half:] > 0
+    right = (seen[half:].double() @ weights).argmax(1) == kinds[half:]
+    assert right[covered].float().mean() > 0.85
+
+
+@pytest.mark.heavy
+def test_the_model_hallucinates_companions_and_little_else(made):
+    rows = {"rows": {"file_name": str(made / "data" / "cooccur_heldout.parquet"), "formatting": "rlaif_v"}}
+    (made / "dataset_info.json").write_text(json.dumps({"rows": {**rows["rows"], "ranking": True}}))
+    words = [str(ROOT / "recipes/tiny/cooccur.yaml"), f"model_name_or_path={made / 'model'}", "eval_dataset=rows"]
+    words += [f"dataset_dir={made}", f"annotations={made / 'data' / 'annotations.jsonl'}", f"output_dir={made / 'out'}"]
+    assert objects.main(words) == 0
+    found = json.loads((made / "out" / "objects_eval.json").read_text())
+    absent, whole = (found["subsets"][source] for source in (cooccur.ABSENT_SOURCE, cooccur.WHOLE_SOURCE))
+    assert 0.2 <= absent["chair_s"] <= 0.4 and whole["chair_s"] < 0.1
+    assert absent["coverage"] > 0.8 and whole["coverage"] > 0.85
