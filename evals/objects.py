@@ -16,9 +16,9 @@ it answers the prompts of its eval_dataset, each (image, question) once, greedil
     output_dir      where to write (default outputs/evals/<model>-objects)
     restart         true: ask again what an interrupted or earlier run has asked
 
-Writes objects_eval.json (chair_s, hallucinated_per_answer, chair_i, coverage, each with a 95 % interval, per source)
+Writes objects.json (chair_s, hallucinated_per_answer, chair_i, coverage, each with a 95 % interval, per source)
 and objects_answers.jsonl (per answer what is true, hallucinated and missed). An answer about an image without
-annotations is left out, counted and listed in objects_eval.json. An interrupted run resumes where it stopped.
+annotations is left out, counted and listed in objects.json. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def main(argv: list[str]) -> int:
     counted, left_out = objects.count(answers, annotations, vocabulary)
     summary = objects.summarize(counted)
     write_jsonl(folder / "objects_answers.jsonl", [answer.to_json() for answer in counted])
-    write_json(folder / "objects_eval.json", {"model": name, **summary, "left_out": left_out})
+    write_json(folder / "objects.json", {"model": name, **summary, "left_out": left_out})
     print(f"\n{name}: {summary['n']} answers about {summary['n_images']} images")
     for label, value in objects.table(summary):
         print(f"  {label:<32}{value}")
     if left_out:
         print(f"  left out                        {len(left_out)}, the first: {left_out[0]['reason']}")
-    print(f"  {folder}/objects_eval.json, objects_answers.jsonl")
+    print(f"  {folder}/objects.json, objects_answers.jsonl")
     return 0
 
 

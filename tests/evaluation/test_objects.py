@@ -138,7 +138,7 @@ def run(folder: Path, out: str, *words: str) -> tuple[dict, list[dict]]:
     fixed = [str(folder / "recipe.yaml"), f"annotations={folder / 'annotations.jsonl'}", f"output_dir={folder / out}"]
     assert command.main([*fixed, "max_new_tokens=6", *words]) == 0
     lines = (folder / out / "objects_answers.jsonl").read_text().splitlines()
-    return json.loads((folder / out / "objects_eval.json").read_text()), list(map(json.loads, lines))
+    return json.loads((folder / out / "objects.json").read_text()), list(map(json.loads, lines))
 
 
 def test_greedy_answers_are_those_of_generate_and_are_kept(folder, capsys):

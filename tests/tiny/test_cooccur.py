@@ -214,7 +214,7 @@ def test_the_model_hallucinates_companions_and_little_else(made):
     words = [str(ROOT / "recipes/tiny/cooccur.yaml"), f"model_name_or_path={made / 'model'}", "eval_dataset=rows"]
     words += [f"dataset_dir={made}", f"annotations={made / 'data' / 'annotations.jsonl'}", f"output_dir={made / 'out'}"]
     assert objects.main(words) == 0
-    found = json.loads((made / "out" / "objects_eval.json").read_text())
+    found = json.loads((made / "out" / "objects.json").read_text())
     absent, whole = (found["subsets"][source] for source in (cooccur.ABSENT_SOURCE, cooccur.WHOLE_SOURCE))
     assert 0.2 <= absent["chair_s"] <= 0.4 and whole["chair_s"] < 0.1
     assert absent["coverage"] > 0.8 and whole["coverage"] > 0.85
