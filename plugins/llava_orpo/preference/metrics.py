@@ -97,8 +97,8 @@ def compare(pairs_a: Sequence[ScoredPair], pairs_b: Sequence[ScoredPair], seed: 
     hits = np.array([sum(side_a[k].correct - side_b[k].correct for k in keys) for keys in clusters])
     gains = np.array([math.fsum(side_a[k].margin - side_b[k].margin for k in keys) for keys in clusters])
     n = len(side_a)
-    hit_low, hit_high = _cluster_bootstrap(hits.astype(np.float64), sizes, seed, n_boot)
-    gain_low, gain_high = _cluster_bootstrap(gains, sizes, seed, n_boot)
+    hit_low, hit_high = cluster_bootstrap(hits.astype(np.float64), sizes, seed, n_boot)
+    gain_low, gain_high = cluster_bootstrap(gains, sizes, seed, n_boot)
     return {
         "n": n,
         "n_images": len(clusters),
@@ -227,7 +227,7 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _cluster_bootstrap(
+def cluster_bootstrap(
     totals: np.ndarray, sizes: np.ndarray, seed: int, n_boot: int
 ) -> tuple[float, float] | tuple[None, None]:
     """95 % percentile interval of sum(totals) / sum(sizes) under resampling of clusters; both (clusters,)."""

@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import tokenizers
 import torch
@@ -31,7 +33,7 @@ from transformers import (
 from ..checkpoint.published import published_name
 from ..data.conversation import CONVERSATIONS
 from ..export.original_files import chat_template
-from . import training, world
+from . import cooccur, training, world
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 # The published five grids, in units of one tile.
@@ -39,7 +41,22 @@ PINPOINTS = [[IMAGE_SIZE * h, IMAGE_SIZE * w] for h, w in ((1, 2), (2, 1), (2, 2
 SETTINGS_FILE = "tiny_llava.json"
 
 
-def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
+@dataclass(frozen=True)
+class World:
+    """What a model is taught about: its scenes, its turns (see `training.write_turn`), the code of both."""
+
+    random_scene: Callable[[random.Random], world.Scene]
+    write_turn: Callable[..., tuple[str, str]]
+    modules: tuple[ModuleType, ...]
+
+
+WORLDS = {
+    "shapes": World(world.random_scene, training.write_turn, (world, training)),
+    "cooccur": World(cooccur.random_scene, cooccur.write_turn, (world, training, cooccur)),
+}
+
+
+def make_tokenizer(seed: int, turns: int = 6000, about: World = WORLDS["shapes"]) -> LlamaTokenizer:
     """Trains a BPE tokenizer of the Llama kind: ▁ for spaces, byte fallback, BOS in front, no merge across words.
 
     As in the published checkpoint, <image> and <pad> are special tokens behind the trained vocabulary, and every text
@@ -48,7 +65,7 @@ def make_tokenizer(seed: int, turns: int = 6000) -> LlamaTokenizer:
     rng = random.Random(f"tokenizer/{seed}")
     corpus = ["[INST] [/INST]"]
     for _ in range(turns):
-        question, answer = training.write_turn(world.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1)
+        question, answer = about.write_turn(about.random_scene(rng), rng, 0.0, detailed=rng.random() < 0.1)
         corpus += [
             question,
             f" {answer}",
@@ -157,7 +174,10 @@ def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the weights depend on besides this code: pictures drawn, steps of each phase, share of false answers."""
+    """What the weights depend on besides this code: pictures drawn, steps of each phase, share of false answers.
+
+    habit_rate: as hallucination, in the last phase. world: a name of WORLDS.
+    """
 
     images: int
     sight_steps: int
@@ -165,12 +185,14 @@ class Recipe:
     hallucination: float
     habit_steps: int
     seed: int
+    world: str = "shapes"
+    habit_rate: float = training.HABIT_RATE
 
 
 def settings(recipe: Recipe) -> dict:
     """What the weights depend on: the recipe, this code and the libraries."""
     code = hashlib.sha256()
-    for module in (world, training):
+    for module in WORLDS[recipe.world].modules:
         code.update(Path(module.__file__).read_bytes())
     code.update(Path(__file__).read_bytes())
     libraries = {lib.__name__: lib.__version__ for lib in (torch, transformers, tokenizers)}
@@ -194,7 +216,8 @@ def make(out: Path, **recipe) -> str:
 def build(recipe: Recipe, sight: Path) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
     """The trained model and its processor. sight: folder that keeps the first phase's result for the second."""
     torch.manual_seed(recipe.seed)
-    tokenizer = make_tokenizer(recipe.seed)
+    about = WORLDS[recipe.world]
+    tokenizer = make_tokenizer(recipe.seed, about=about)
     processor, model = make_processor(tokenizer), make_model(tokenizer)
     if recipe.sight_steps == recipe.steps == 0:
         return model, processor
@@ -208,8 +231,13 @@ def build(recipe: Recipe, sight: Path) -> tuple[LlavaNextForConditionalGeneratio
         sight.mkdir(parents=True, exist_ok=True)
         save_file(model.model.vision_tower.state_dict(), sight / "vision.safetensors")
         (sight / SETTINGS_FILE).write_text(json.dumps(made))
-    training.train_instructions(model, processor, pictures, recipe.steps, recipe.seed, recipe.hallucination)
-    training.train_instructions(
-        model, processor, pictures, recipe.habit_steps, recipe.seed, training.HABIT_RATE, habits=True
-    )
+    if about.random_scene is not world.random_scene:  # the tower learned from scenes without a prior
+        pictures = training.draw_pictures(processor, recipe.images, recipe.seed, about.random_scene)
+    for steps, rate, habits in (
+        (recipe.steps, recipe.hallucination, False),
+        (recipe.habit_steps, recipe.habit_rate, True),
+    ):
+        training.train_instructions(
+            model, processor, pictures, steps, recipe.seed, rate, habits=habits, write=about.write_turn
+        )
     return model, processor

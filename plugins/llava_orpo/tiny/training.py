@@ -50,20 +50,26 @@ class Pictures:
     shapes: torch.Tensor
 
 
-def draw_pictures(processor: LlavaNextProcessor, count: int, seed: int) -> Pictures:
+def draw_pictures(
+    processor: LlavaNextProcessor,
+    count: int,
+    seed: int,
+    random_scene: Callable[[random.Random], world.Scene] = world.random_scene,
+) -> Pictures:
     """Draws `count` random scenes and cuts them, and their patch labels, with the model's own image processor."""
     rng = random.Random(f"pretraining/{seed}")
     images = processor.image_processor
     scenes, sizes, tiles, colors, shapes, offsets = [], [], [], [], [], [0]
     for _ in tqdm(range(count), desc="draw pictures", unit="picture"):
-        scene = world.random_scene(rng)
+        scene = random_scene(rng)
         picture, labels = world.draw(scene, rng)
         seen = images([picture], return_tensors="pt")
         cut = images([labels.convert("RGB")], resample=0, do_rescale=False, do_normalize=False, return_tensors="pt")
         index = _patch_labels(cut["pixel_values"][0][:, 0].long(), processor.patch_size)
         background = COLOR_CLASSES.index(scene.background)
-        color_of = torch.tensor([background] + [COLOR_CLASSES.index(c) for c, _ in scene.objects])
-        shape_of = torch.tensor([0] + [SHAPE_CLASSES.index(s) for _, s in scene.objects])
+        kinds = [kind or (scene.background, "nothing") for kind in scene.objects]
+        color_of = torch.tensor([background] + [COLOR_CLASSES.index(c) for c, _ in kinds])
+        shape_of = torch.tensor([0] + [SHAPE_CLASSES.index(s) for _, s in kinds])
         scenes.append(scene)
         sizes.append(seen["image_sizes"][0])
         tiles.append(seen["pixel_values"][0])
@@ -213,6 +219,7 @@ def instruction_batches(
     batch: int,
     turns: int,
     truthful: float,
+    write: Callable[..., tuple[str, str]] = write_turn,
 ) -> Iterator[tuple[list[int], list[list[tuple[list[int], int]]]]]:
     """Yields (picture numbers, tokenized turns of each). The first turn of each picture is a detailed description.
 
@@ -222,7 +229,7 @@ def instruction_batches(
     for step in range(steps):
         now = 0.0 if step < truthful * steps else rate
         picked = [rng.randrange(len(pictures.scenes)) for _ in range(batch)]
-        texts = [write_turn(pictures.scenes[i], rng, now, detailed=k == 0) for i in picked for k in range(turns)]
+        texts = [write(pictures.scenes[i], rng, now, detailed=k == 0) for i in picked for k in range(turns)]
         tokens = tokenize_turns(processor, texts)
         yield picked, [tokens[i * turns : (i + 1) * turns] for i in range(batch)]
 
@@ -261,11 +268,13 @@ def train_instructions(
     batch: int = 8,
     turns: int = 8,
     habits: bool = False,
+    write: Callable[..., tuple[str, str]] = write_turn,
 ) -> None:
     """Trains projector, newline, language model and LM head on questions and partly false answers (vision frozen).
 
     With `habits` all answers are written at `rate` and the updates are gentle: the model gets the habit of
-    hallucinating but still sees as before, which preference training can bring out again.
+    hallucinating but still sees as before, which preference training can bring out again. write: gives a turn about a
+    scene (see `write_turn`).
     """
     if steps == 0:
         return
@@ -283,7 +292,8 @@ def train_instructions(
     )
     embed = inner.language_model.get_input_embeddings()
     bar = tqdm(total=steps, desc="habits" if habits else "instructions", unit="step")
-    for picked, texts in instruction_batches(processor, pictures, steps, seed, rate, batch, turns, truthful):
+    batches = instruction_batches(processor, pictures, steps, seed, rate, batch, turns, truthful, write)
+    for picked, texts in batches:
         seen = [inner.multi_modal_projector(features[pictures.offsets[i] : pictures.offsets[i + 1]]) for i in picked]
         packed, sizes = inner.pack_image_features(
             seen, pictures.sizes[picked], model.config.vision_feature_select_strategy, inner.image_newline

@@ -41,7 +41,10 @@ LEVELS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `objects` holds (color, shape) row by row, `rows * columns` of them."""
+    """What a picture shows: `objects` holds (color, shape) row by row, `rows * columns` of them.
+
+    The scenes of `cooccur` may have None for an empty cell.
+    """
 
     source: str
     rows: int
@@ -299,7 +302,10 @@ def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, Image.Image]:
     labels = Image.new("L", (width, height), 0)
     paint, mark = ImageDraw.Draw(picture), ImageDraw.Draw(labels)
     step_x, step_y = width / scene.columns, height / scene.rows
-    for i, (color, shape) in enumerate(scene.objects):
+    for i, kind in enumerate(scene.objects):
+        if kind is None:
+            continue
+        color, shape = kind
         row, column = divmod(i, scene.columns)
         r = min(step_x, step_y) * rng.uniform(0.38, 0.45)
         x = (column + 0.5 + rng.uniform(-0.04, 0.04)) * step_x

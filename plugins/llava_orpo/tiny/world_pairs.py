@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import PIL
@@ -64,22 +67,29 @@ def _pair(scene: world.Scene, rng: random.Random, detailed: bool) -> dict[str, s
     }
 
 
-def settings(split: str, count: int, seed: int) -> bytes:
+def settings(split: str, count: int, seed: int, make: Callable, modules: Iterable[ModuleType]) -> bytes:
     """What a file's content depends on, as canonical JSON: the flags, this code and the drawing library."""
     code = hashlib.sha256()
-    for file in (Path(world.__file__), Path(__file__)):
-        code.update(file.read_bytes())
+    for file in (*(module.__file__ for module in modules), inspect.getfile(make)):
+        code.update(Path(file).read_bytes())
     made = {"split": split, "pairs": count, "seed": seed, "code": code.hexdigest(), "pillow": PIL.__version__}
     return json.dumps(made, sort_keys=True).encode()
 
 
 def write_split(path: Path, split: str, count: int, seed: int) -> bool:
     """Writes one parquet file unless it exists and was made with the same settings. Returns True if it was written."""
-    made = settings(split, count, seed)
+    return write_rows(path, split, count, seed, make_pairs, (world,))
+
+
+def write_rows(
+    path: Path, split: str, count: int, seed: int, make: Callable[..., list[dict]], modules: Iterable[ModuleType]
+) -> bool:
+    """`write_split` for the rows that make(split, count, seed) gives. modules: whose code they depend on as well."""
+    made = settings(split, count, seed, make, modules)
     if path.exists() and (pq.read_schema(path).metadata or {}).get(SETTINGS_KEY) == made:
         return False
     schema = FEATURES.arrow_schema
-    table = pa.Table.from_pylist(make_pairs(split, count, seed), schema=schema)
+    table = pa.Table.from_pylist(make(split, count, seed), schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".parquet.part")
     pq.write_table(table.replace_schema_metadata({**schema.metadata, SETTINGS_KEY: made}), part, row_group_size=500)
