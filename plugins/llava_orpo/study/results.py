@@ -57,11 +57,22 @@ def write_result(
         "mark": run.mark,
         "seconds": round(seconds, 1),
         "versions": _versions(),
-        **({"failed": failed} if failed else {"metrics": dict(found)}),
+        **({"failed": failed} if failed else {"metrics": dict(found), "read_from": sources(study)}),
     }
     study.results.mkdir(parents=True, exist_ok=True)
     write_json(result_file(study, run), result)
     return result
+
+
+def sources(study: Study) -> dict[str, str]:
+    """{name of a metric: its `file.json:key.key`}."""
+    return {metric.name: str(metric) for metric in study.metrics}
+
+
+def value(result: Mapping[str, Any], metric: Metric) -> float | None:
+    """A metric of a result; None for one that failed and for one stored under another meaning of that name."""
+    same = is_finished(result) and result["read_from"].get(metric.name) == str(metric)
+    return result["metrics"].get(metric.name) if same else None
 
 
 def read_metrics(metrics: Sequence[Metric], folder: Path) -> dict[str, float]:
@@ -90,14 +101,14 @@ def table(study: Study, rows: Sequence[tuple[Setting, Sequence[Mapping[str, Any]
     A metric is {"mean", "low", "high", "values" by seed}; missing where no run has finished.
     """
     lines = []
-    for one, results in rows:
+    for setting, results in rows:
         finished = [result for result in results if is_finished(result)]
         metrics = {}
         for metric in study.metrics:
-            values = {str(r["seed"]): r["metrics"][metric.name] for r in finished if metric.name in r["metrics"]}
+            values = {str(one["seed"]): found for one in finished if (found := value(one, metric)) is not None}
             if values:
                 metrics[metric.name] = summary(list(values.values())) | {"values": values}
-        line = {"name": one.name, "values": one.values, "finished": len(finished)}
+        line = {"name": setting.name, "values": setting.values, "finished": len(finished)}
         line["failed"] = [result["failed"] for result in results if not is_finished(result)]
         line["waiting"] = len(study.seeds) - len(results)
         line["seconds"] = _rounded(fmean(r["seconds"] for r in finished)) if finished else None
@@ -107,7 +118,7 @@ def table(study: Study, rows: Sequence[tuple[Setting, Sequence[Mapping[str, Any]
         "study": study.name,
         "recipe": study.recipe,
         "seeds": list(study.seeds),
-        "metrics": {metric.name: str(metric) for metric in study.metrics},
+        "metrics": sources(study),
         "interval": INTERVALS["t" if len(study.seeds) >= 3 else "range"],
         "best": _best(study, lines),
         "rows": lines,

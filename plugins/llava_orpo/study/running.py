@@ -51,7 +51,7 @@ class Runner:
         process likewise.
         """
         stored = {run.name: results.stored(self.study, run) for run in runs}
-        found = {name: result for name, result in stored.items() if results.is_finished(result)}
+        found = {run.name: stored[run.name] for run in runs if self._is_done(run, stored[run.name])}
         waiting = [run for run in runs if run.name not in found]
         futures: dict[str, Future] = {}
         with ThreadPoolExecutor(self.jobs) as pool, self._interrupts():
@@ -74,6 +74,13 @@ class Runner:
         if self.stop.is_set():
             raise Stopped
         return [found[run.name] if run.name in found else futures[run.name].result() for run in runs]
+
+    def _is_done(self, run: Run, result: dict[str, Any] | None) -> bool:
+        """Whether nothing is left to do. A metric that the study names anew is read from the run's folder, if kept."""
+        if not results.is_finished(result):
+            return False
+        has_all = all(results.value(result, metric) is not None for metric in self.study.metrics)
+        return has_all or not _state_file(self.study, run).exists()
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from .running import Runner
 from .spec import Setting, Study
 
 SEED = 0  # of Optuna's sampler
-INSTALL = "search needs Optuna, which is not installed: pip install -r requirements/study.txt"
+INSTALL = "search needs Optuna, which is not installed: pip install --no-deps -r requirements/study.txt"
 
 
 def refuse_without_optuna() -> None:

@@ -195,7 +195,10 @@ def read(file: Path, content: Mapping[str, Any]) -> Study:
     if _NAME.fullmatch(file.stem) is None:
         problems.append(f"the file's name {file.stem!r} becomes a folder: letters, digits and . _ + - alone, please.")
     _refuse(file, problems)
-    recipe = load(given["recipe"])
+    try:
+        recipe = load(given["recipe"])
+    except UsageError as error:
+        raise UsageError(*(f"{file}: recipe: {problem}" for problem in error.args)) from None
     study = Study(
         name=file.stem,
         file=file,
