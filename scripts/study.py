@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
     if study.search:
         search.refuse_without_optuna()
     runs = study.runs()
-    known, _ = results.results_of(study)
-    finished = [result for _, found in known for result in found if results.is_finished(result)]
+    settings = [setting for setting, _ in results.results_of(study)[0]]
+    finished = running.done(study, study.runs(settings))
     total = study.trials * len(study.seeds) if study.search else len(runs)
-    with shown.run_list(
-        total, len(finished), [one["seconds"] for one in finished], study.seconds_per_run, own["jobs"]
-    ) as listed:
-        print(plan(study, total, len(finished), listed))
+    # Which trials of a search will be asked for again is known once Optuna asks.
+    ended, seconds = 0 if study.search else len(finished), [one["seconds"] for one in finished]
+    with shown.run_list(total, ended, seconds, study.seconds_per_run, own["jobs"]) as listed:
+        print(plan(study, listed))
         if own["dry_run"]:
             return 0
         runner = running.Runner(study, own["jobs"], listed)
@@ -62,21 +62,21 @@ def main(argv: list[str]) -> int:
     return 1 if listed.failed else 0
 
 
-def plan(study, total: int, finished: int, listed) -> str:
+def plan(study, listed) -> str:
     """How many runs there are and how long they will take."""
     from llava_orpo.study.shown import duration
 
-    settings = study.trials if study.search else len(study.settings())
-    what = "trials" if study.search else "settings"
+    settings = f"{study.trials} trials" if study.search else f"{len(study.settings())} settings"
     left = listed.left()
-    if finished == total:
+    if listed.ended == listed.total:
         hours = "nothing is left to run"
     elif left is None:
         hours = "the time is known once one has finished (or by the study's seconds_per_run)"
     else:
         by = "the mean of the finished runs" if listed.seconds else "the study's estimate"
-        hours = f"about {duration(left)} for the other {total - finished}, by {by}, {listed.jobs} at once"
-    return f"{study.name}: {total} runs ({settings} {what} x {len(study.seeds)} seeds), {finished} finished; {hours}."
+        hours = f"about {duration(left)} for the other {listed.total - listed.ended}, by {by}, {listed.jobs} at once"
+    runs = f"{listed.total} runs ({settings} x {len(study.seeds)} seeds), {listed.ended} finished"
+    return f"{study.name}: {runs}; {hours}."
 
 
 def show_table(study) -> int:

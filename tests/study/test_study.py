@@ -87,7 +87,7 @@ def write_recipe(folder: Path, comment: str = "", **more) -> None:
     (folder / "recipe.yaml").write_text(comment + yaml.safe_dump(keys))
 
 
-def write_study(**more) -> Path:
+def write_study(**more: object) -> Path:
     content = {
         "recipe": "recipe.yaml",
         "grid": {"pref_beta": [0.1, 1.0]},
@@ -187,13 +187,15 @@ def test_a_failure_is_listed_and_tried_again_by_the_next_command(place, capsys):
     assert "pref_beta-0.1: exit" not in made()["table.md"].decode()
 
 
-def test_a_metric_named_anew_is_read_from_the_folders_that_are_there(place):
+def test_a_metric_named_anew_is_read_from_the_folders_that_are_there(place, capsys):
     write_study(metrics={"accuracy": "preference_eval.json:history.accuracy"})
     run(code=1)
     write_study()
     run()
     write_study(metrics={"accuracy": "preference_eval.json:history.0.metrics.preference_accuracy"})
+    capsys.readouterr()
     run()
+    assert "4 of 4 runs\n" in capsys.readouterr().out
     assert len(calls()) == 4 and "| 1.0 | 0.1000 [0.1000, 0.1000] | 2 |" in made()["table.md"].decode()
     shutil.rmtree("outputs")
     write_study()
@@ -373,13 +375,14 @@ def test_a_search_without_optuna_is_refused_in_one_line(place, monkeypatch, caps
     assert capsys.readouterr().err == f"error: {search.INSTALL}\n" and not calls()
 
 
-def test_a_search_goes_on_where_it_stopped(place):
+def test_a_search_goes_on_where_it_stopped(place, capsys):
     pytest.importorskip("optuna")
     space = {"pref_beta": {"low": 0.1, "high": 1.0, "log": True}, "lora_rank": {"choices": [8, 16]}}
     write_study(grid={}, search=space, metric="accuracy", trials=6)
     run("trials=3")
     first = calls()
     run()
+    assert "12 of 12 runs\n" in capsys.readouterr().out
     assert len(first) == 6 and len(calls()) == 12 and calls()[:6] == first
     table = json.loads(made()["table.json"])
     means = {row["name"]: row["metrics"]["accuracy"]["mean"] for row in table["rows"]}

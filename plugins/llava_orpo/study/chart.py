@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
-from .spec import as_word
+from .spec import as_word, text
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), which colour-blind readers tell apart.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
@@ -48,6 +48,9 @@ def draw(table: Mapping[str, Any]):
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:  # one for all panels, beside them: the intervals leave no room inside
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3 * columns), frameon=False)
     figure.supxlabel(table["interval"], fontsize=7, color="#555555")
     return figure
 
@@ -66,20 +69,18 @@ def x_axis(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _lines(panel, rows: Sequence[Mapping[str, Any]], name: str, axis: str) -> None:
-    ticks = list(dict.fromkeys(as_word(row["values"][axis]) for row in rows))  # evenly spaced, in the study's order
+    ticks = list(dict.fromkeys(text(axis, row["values"][axis]) for row in rows))  # evenly spaced, in the study's order
     series = list(dict.fromkeys(_others(row, axis) for row in rows))
     for index, label in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * min(0.08, 0.5 / len(series))  # intervals beside one another
         points = [row for row in rows if _others(row, axis) == label and name in row["metrics"]]
-        x = [ticks.index(as_word(row["values"][axis])) + shift for row in points]
+        x = [ticks.index(text(axis, row["values"][axis])) + shift for row in points]
         style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "label": label or None}
         panel.errorbar(x, *_values(points, name), capsize=3, linewidth=1.4, elinewidth=1, markersize=5, **style)
     panel.set_xticks(range(len(ticks)), ticks)
     panel.set_xlim(-0.5, len(ticks) - 0.5)
     panel.set_xlabel(axis)
     panel.set_ylabel(name)
-    if any(series):
-        panel.legend(fontsize=7, frameon=False)
 
 
 def _rows(panel, rows: Sequence[Mapping[str, Any]], name: str) -> None:
@@ -102,5 +103,5 @@ def _values(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
 
 def _others(row: Mapping[str, Any], axis: str | None) -> str:
     """What a row varies beside the axis; the name of a variant stands alone."""
-    shown = {key: as_word(value) for key, value in row["values"].items() if key != axis}
+    shown = {key: text(key, value) for key, value in row["values"].items() if key != axis}
     return ", ".join(value if key == "variant" else f"{key}={value}" for key, value in shown.items())

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomic, write_json
-from .spec import Metric, Run, Setting, Study, as_word
+from .spec import Metric, Run, Setting, Study, text
 
 FORMAT = 1
 LEVEL = 0.95
@@ -144,7 +144,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     head = [*names, *metrics, "runs", "seconds per run"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(names) + "---:|" * (len(metrics) + 2)]
     for row in table["rows"]:
-        cells = [text(row["values"].get(name, "")) for name in names]
+        cells = [text(name, row["values"][name]) if name in row["values"] else "" for name in names]
         cells += [_cell(row["metrics"].get(metric)) for metric in metrics]
         total = row["finished"] + len(row["failed"]) + row["waiting"]
         cells += [str(total) if total == row["finished"] else f"{row['finished']} of {total}"]
@@ -179,11 +179,6 @@ def write_table(study: Study) -> tuple[str, list[Path]]:
     write_atomic(study.results / TABLE_MD, f"`python scripts/study.py {study.file}`\n\n{page}")
     chart.write(made, study.results / PLOT)
     return page, other
-
-
-def text(value: Any) -> str:
-    """A value as it is shown."""
-    return as_word(value)
 
 
 def _trials(study: Study) -> list[Setting]:

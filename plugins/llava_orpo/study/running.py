@@ -51,7 +51,7 @@ class Runner:
         process likewise.
         """
         stored = {run.name: results.stored(self.study, run) for run in runs}
-        found = {run.name: stored[run.name] for run in runs if self._is_done(run, stored[run.name])}
+        found = {run.name: stored[run.name] for run in runs if is_done(self.study, run, stored[run.name])}
         waiting = [run for run in runs if run.name not in found]
         futures: dict[str, Future] = {}
         with ThreadPoolExecutor(self.jobs) as pool, self._interrupts():
@@ -74,13 +74,6 @@ class Runner:
         if self.stop.is_set():
             raise Stopped
         return [found[run.name] if run.name in found else futures[run.name].result() for run in runs]
-
-    def _is_done(self, run: Run, result: dict[str, Any] | None) -> bool:
-        """Whether nothing is left to do. A metric that the study names anew is read from the run's folder, if kept."""
-        if not results.is_finished(result):
-            return False
-        has_all = all(results.value(result, metric) is not None for metric in self.study.metrics)
-        return has_all or not _state_file(self.study, run).exists()
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
@@ -156,6 +149,23 @@ class Runner:
         result = results.write_result(self.study, run, sum(state["done"]), metrics or {}, failed)
         self.shown.end(run, result)
         return result
+
+
+def is_done(study: Study, run: Run, result: dict[str, Any] | None) -> bool:
+    """Whether nothing of a run is left to do, given its stored result.
+
+    A metric that the study has named since is read from the run's folder, if that is there.
+    """
+    if not results.is_finished(result):
+        return False
+    has_all = all(results.value(result, metric) is not None for metric in study.metrics)
+    return has_all or not _state_file(study, run).exists()
+
+
+def done(study: Study, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The results of those runs of which nothing is left to do."""
+    stored = [(run, results.stored(study, run)) for run in runs]
+    return [result for run, result in stored if is_done(study, run, result)]
 
 
 def own_programs() -> dict[str, str]:

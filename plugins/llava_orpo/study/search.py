@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .results import is_finished
-from .running import Runner
+from .running import Runner, done
 from .spec import Setting, Study
 
 SEED = 0  # of Optuna's sampler
@@ -38,7 +38,9 @@ def search(study: Study, runner: Runner) -> list[Setting]:
         trial = searched.ask()
         one = study.trial(number, {key: _suggest(trial, key, space) for key, space in study.search.items()})
         settings.append(one)
-        found = runner.run_all(study.runs([one]))
+        runs = study.runs([one])
+        runner.shown.reused(len(done(study, runs)))
+        found = runner.run_all(runs)
         if all(map(is_finished, found)):
             searched.tell(trial, fmean(result["metrics"][study.metric] for result in found))
         else:

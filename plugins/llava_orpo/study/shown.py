@@ -75,6 +75,11 @@ class RunList:
                 self.failed += 1
             self._print(f"  {run.name}, {outcome(result)}\n{self.overall()}")
 
+    def reused(self, runs: int) -> None:
+        """Says that so many more runs have a result and need not be run."""
+        with self._lock:
+            self.ended += runs
+
     def tick(self) -> None:
         """Called about four times a second while runs are running."""
 

@@ -166,7 +166,7 @@ class Study:
 
 def setting(values: dict[str, Any], overrides: dict[str, Any]) -> Setting:
     """A setting named after its values: `orpo-max_samples-100`."""
-    parts = [value if key == VARIANT else f"{key}-{_slug(value)}" for key, value in values.items()]
+    parts = [value if key == VARIANT else f"{key}-{_slug(text(key, value))}" for key, value in values.items()]
     return Setting("-".join(parts), values, overrides)
 
 
@@ -181,6 +181,11 @@ def as_word(value: Any) -> str:
         except Exception:  # a text that is no YAML
             pass
     return json.dumps(value, ensure_ascii=False)
+
+
+def text(key: str, value: Any) -> str:
+    """A value as tables, plots and folders show it."""
+    return "all" if key == "max_samples" and value is None else as_word(value)
 
 
 def read(file: Path, content: Mapping[str, Any]) -> Study:
@@ -381,9 +386,8 @@ def _filled(command: Sequence[str], values: Mapping[str, str], overrides: Sequen
     return list(itertools.chain(*words))
 
 
-def _slug(value: Any) -> str:
-    """A value as part of a folder's name; what does not fit ends in a digest of the whole."""
-    text = as_word(value)
+def _slug(text: str) -> str:
+    """The text of a value as part of a folder's name; what does not fit ends in a digest of the whole."""
     plain = re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")
     if plain == text and len(text) <= LONGEST_VALUE:
         return text
