@@ -270,7 +270,7 @@ def run(
         file.write(f"$ {shlex.join(command)}\n")
         output = Output(file)
         follower = Follower(output, trainer_log)
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             # A group of its own: it and its children can be stopped together, and Ctrl-C reaches them once.
             process = subprocess.Popen(
                 command,
@@ -292,7 +292,7 @@ def run(
                 output.close()
 
 
-class _Interrupts:
+class Interrupts:
     """Counts SIGINT, SIGTERM and SIGHUP in the block, where that is possible (in the main thread).
 
     The signals raise nothing: an exception in the middle of Popen.wait would leave its lock taken.
@@ -302,7 +302,7 @@ class _Interrupts:
         self.count = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Interrupts:
+    def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._note)
@@ -316,7 +316,7 @@ class _Interrupts:
         self.count += 1
 
 
-def _watch(process: subprocess.Popen, interrupts: _Interrupts, show: Callable[[], None]) -> int:
+def _watch(process: subprocess.Popen, interrupts: Interrupts, show: Callable[[], None]) -> int:
     code = None
     while code is None and not interrupts.count:
         show()
@@ -333,7 +333,7 @@ def _read(pipe: IO[bytes], output: Output) -> None:
         output.feed(decoder.decode(block))
 
 
-def _stop(process: subprocess.Popen, interrupts: _Interrupts) -> None:
+def _stop(process: subprocess.Popen, interrupts: Interrupts) -> None:
     """Ends a command and what is left of its group: asks first, kills after 10 s or at a second Ctrl-C."""
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
