@@ -26,9 +26,9 @@ prompts with all their answers. Own keys:
                      judge_request, price_in, price_out, yes, as there. Each answer is compared in both orders with the
                      next `opponents` (2); score = (won - lost) / comparisons
       objects        minus the share of named objects that the image does not show (CHAIR, arXiv 1809.02156);
-                     annotations= is COCO's instances_*.json, JSON {image: [object]}, JSON lines {image, objects} or a
-                     parquet with columns image and objects; an image is named by its file name or content hash.
-                     synonyms: a text file, `object, other word, other word` a line (default: COCO's own list)
+                     annotations= is COCO's instances_*.json, JSON {image: [object]}, or lines {image_hash, objects} or
+                     {image, objects}; an image is named by its file name or content hash. vocabulary: JSON
+                     {object: [other names]} (default: COCO's for COCO's annotations)
 
 With base_url= an OpenAI-compatible server answers (vLLM with prefix caching runs an image and its prompt once), with
 model, api_key_env, concurrency, timeout, retries and request as in evals/generate.py. scoring=self still loads the

@@ -59,7 +59,7 @@ def make(recipe: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     settings = generation.Settings(own["max_new_tokens"], own["temperature"], own["top_p"], int(recipe.get("seed", 0)))
     asked = {**recipe, "eval_dataset": recipe["dataset"], "adapter_name_or_path": recipe.get("adapter_name_or_path")}
     by_self = own["scoring"] == "self"
-    notes = objects.read_annotations(own["annotations"], own["synonyms"]) if own["scoring"] == "objects" else None
+    notes = objects.read_annotations(own["annotations"], own["vocabulary"]) if own["scoring"] == "objects" else None
     need_model = by_self or not own["base_url"]
     with open_session(asked, str(folder), need_model=need_model, keep_adapter=by_self) as session:
         if by_self:

@@ -8,8 +8,7 @@ Annotations (`read_annotations`) are one of
 
     COCO's      {"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], "categories": [...]}
     JSON        {"<file name or content hash of the image>": ["object", ...]}
-    JSON lines  {"image": "<file name or content hash>", "objects": ["object", ...]}
-    parquet     a column `image` ({bytes, path}) and a column `objects` (a list, or JSON of one)
+    JSON lines  {"image_hash": "<content hash>", "objects": ["object", ...]}, or "image": "<file name>" in its place
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from ..data import images
 from ..errors import UserError
 from ..files import read_jsonl
 
-COCO_SYNONYMS = Path(__file__).with_name("coco_synonyms.txt")
+# The 80 categories and words that stand for each, plurals that are not regular among them: after the list of CHAIR,
+# written anew and shorter.
+COCO_VOCABULARY = Path(__file__).with_name("coco_vocabulary.json")
 REMEDY = "python scripts/make_pairs.py -h says what annotations= may hold."
 # A mention behind one of these says that the object is not there.
 NEGATIONS = ("no", "not", "without", "nor", "neither")
@@ -51,20 +49,18 @@ class Annotations:
         return None
 
 
-def read_annotations(file: Path, synonyms: Path | None = None) -> Annotations:
+def read_annotations(file: Path, vocabulary: Path | None = None) -> Annotations:
     """The annotations of a file (see above).
 
-    synonyms: a text file of one object a line, `name, other word, other word`, lines with # left out; default: COCO's
-    for COCO's annotations, none for others.
+    vocabulary: a JSON file {object: [other names]}; default: COCO's for COCO's annotations, none for others. The names
+    that the annotations hold are known as well.
 
     Raises UserError naming file and line or key for what is none of these.
     """
     if not file.is_file():
         raise UserError(f"annotations: there is no file {file}.")
     is_coco = False
-    if file.suffix == ".parquet":
-        entries = _from_parquet(file)
-    elif file.suffix == ".jsonl":
+    if file.suffix == ".jsonl":
         entries = [_entry(where, line) for where, line in read_jsonl(file, REMEDY)]
     else:
         try:
@@ -79,12 +75,17 @@ def read_annotations(file: Path, synonyms: Path | None = None) -> Annotations:
             if is_coco
             else [(name, _objects(f"{file}: {name}", value)) for name, value in content.items()]
         )
-    phrases = _read_synonyms(synonyms or COCO_SYNONYMS) if synonyms or is_coco else {}
+    phrases = _read_vocabulary(vocabulary or COCO_VOCABULARY) if vocabulary or is_coco else {}
     by_image: dict[str, frozenset[str]] = {}
+    owners: dict[str, set[str]] = {}
     for name, objects in entries:
         known = frozenset(phrases.get(one, one) for one in objects)
         for spelling in _names(name, name):
             by_image[spelling] = by_image.get(spelling, frozenset()) | known
+            owners.setdefault(spelling, set()).add(name)
+    for spelling, of in owners.items():
+        if len(of) > 1:  # files of one name in two folders
+            del by_image[spelling]
     if not by_image:
         raise UserError(f"{file}: annotates no image. {REMEDY}")
     for one in sorted(frozenset().union(*by_image.values())):
@@ -140,35 +141,35 @@ def _names(image_hash: str, path: str | None) -> list[str]:
     return [name for name in (image_hash, path, base, number and number[1]) if name]
 
 
-def _read_synonyms(file: Path) -> dict[str, str]:
+def _read_vocabulary(file: Path) -> dict[str, str]:
+    """{phrase: object}, with the regular plural of each name."""
     if not file.is_file():
-        raise UserError(f"synonyms: there is no file {file}.")
+        raise UserError(f"vocabulary: there is no file {file}.")
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); vocabulary= takes {{object: [other names]}}.") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: no vocabulary; it is written {{object: [other names]}}.")
     phrases: dict[str, str] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        words = [word.strip().lower() for word in line.split(",")]
-        if not words[0] or line.startswith("#"):
-            continue
-        for word in filter(None, words):
-            for phrase in (word, plural(word)):
-                phrases.setdefault(phrase, words[0])
+    for name, others in given.items():
+        for word in (name, *_objects(f"{file}: {name}", others)):
+            for phrase in (word.lower(), plural(word.lower())):
+                phrases.setdefault(phrase, name.lower())
     return phrases
 
 
 def _objects(where: str, value: Any) -> list[str]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise UserError(f"{where}: the objects are neither a list nor JSON of one. {REMEDY}") from None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise UserError(f"{where}: the objects must be a list of names. {REMEDY}")
     return [one.strip().lower() for one in value]
 
 
 def _entry(where: str, line: Any) -> tuple[str, list[str]]:
-    if not isinstance(line, dict) or not isinstance(line.get("image"), str) or "objects" not in line:
-        raise UserError(f"{where}: a line needs `image` and `objects`. {REMEDY}")
-    return line["image"], _objects(where, line["objects"])
+    name = (line.get("image_hash") or line.get("image")) if isinstance(line, dict) else None
+    if not isinstance(name, str) or "objects" not in line:
+        raise UserError(f"{where}: a line needs `image_hash` or `image`, and `objects`. {REMEDY}")
+    return name, _objects(where, line["objects"])
 
 
 def _from_coco(file: Path, content: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -180,17 +181,3 @@ def _from_coco(file: Path, content: dict[str, Any]) -> list[tuple[str, list[str]
         return [(one["file_name"], sorted(shown[one["id"]])) for one in content["images"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not COCO's instances ({type(error).__name__}: {error}). {REMEDY}") from None
-
-
-def _from_parquet(file: Path) -> list[tuple[str, list[str]]]:
-    names = pq.read_schema(file).names
-    if not {"image", "objects"} <= set(names):
-        raise UserError(f"{file}: has no columns image and objects (columns: {', '.join(names)}). {REMEDY}")
-    found: dict[str, list[str]] = {}
-    with pq.ParquetFile(file) as opened:
-        for batch in opened.iter_batches(64, columns=["image", "objects"]):
-            for row in batch.to_pylist():
-                if row["image"] and row["image"].get("bytes") is not None:
-                    name = images.content_hash(row["image"]["bytes"])
-                    found.setdefault(name, _objects(f"{file}: image {name}", row["objects"]))
-    return list(found.items())

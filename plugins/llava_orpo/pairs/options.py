@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 
+ADAPTER = "adapter_config.json"
 SCORINGS = ("self", "judge", "objects")
 OWN_KEYS = {
     "out": Path,
@@ -20,7 +21,7 @@ OWN_KEYS = {
     "scoring": "self",
     "reference": "base",
     "annotations": Path,
-    "synonyms": Path,
+    "vocabulary": Path,
     "judge_url": str,
     "judge_model": str,
     "judge_key_env": "OPENAI_API_KEY",
@@ -47,7 +48,7 @@ SERVER_KEYS = ("api_key_env", "concurrency", "timeout", "retries", "request")
 READ_BY = {
     "reference": "self",
     "annotations": "objects",
-    "synonyms": "objects",
+    "vocabulary": "objects",
     "judge_url": "judge",
     "judge_model": "judge",
     "judge_key_env": "judge",
@@ -81,12 +82,14 @@ def check(own: Mapping[str, Any], given: frozenset[str], adapter: str | None) ->
             "scoring=self compares an aligned model with its base: name the adapter with adapter_name_or_path=, or "
             "score with scoring=judge or scoring=objects."
         )
+    if scoring == "self" and own["reference"] != "base" and not (Path(own["reference"]) / ADAPTER).is_file():
+        found.append(f"reference={own['reference']}: there is no {ADAPTER}; name an adapter folder, or `base`.")
     if scoring == "judge":
         found += [f"scoring=judge needs {key}=." for key in ("judge_url", "judge_model") if not own[key]]
     if scoring == "objects":
         if not own["annotations"]:
             found.append("scoring=objects needs annotations=: a file that says what the images show (-h lists kinds).")
-        for key in ("annotations", "synonyms"):
+        for key in ("annotations", "vocabulary"):
             if own[key] and not Path(own[key]).is_file():
                 found.append(f"{key}: there is no file {own[key]}.")
     if own["criteria"] and not Path(own["criteria"]).is_file():

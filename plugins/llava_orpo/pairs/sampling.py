@@ -155,7 +155,7 @@ def sample_served(
     """({position: record}, {position: why the server did not give all its answers}) of a served model.
 
     The answers to a prompt are requests of their own, with seeds of their own, one after the other: a server with
-    prefix caching (vLLM) runs image and prompt once. They are saved as they come, and none is asked for twice.
+    prefix caching (vLLM) runs image and prompt once. Those of a prompt are saved together, as they come.
 
     Raises UserError as `check`, and when the server cannot be used, stops answering, or takes no image.
     """
