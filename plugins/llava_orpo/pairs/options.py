@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import keys
 from ..errors import UsageError
+from ..recipe import own_schema
 
 ADAPTER = "adapter_config.json"
 SCORINGS = ("self", "judge", "objects")
@@ -42,6 +44,7 @@ OWN_KEYS = {
     "retries": 6,
     "request": {},
     "restart": False,
+    "allow_failed": False,
 }
 SERVER_KEYS = ("api_key_env", "concurrency", "timeout", "retries", "request")
 # Keys that only one way of scoring reads.
@@ -103,3 +106,24 @@ def check(own: Mapping[str, Any], given: frozenset[str], adapter: str | None) ->
     ]
     if found:
         raise UsageError(*found)
+
+
+def check_mapping(recipe: Mapping[str, Any]) -> None:
+    """Raises UsageError for a recipe whose `make_pairs` scripts/make_pairs.py would refuse, or without eval_dataset."""
+    given = recipe.get("make_pairs") or {}
+    if not isinstance(given, dict):
+        raise UsageError("make_pairs must map keys of scripts/make_pairs.py to values, e.g. {answers: 8}.")
+    found = [f"make_pairs: {keys.unknown(key, OWN_KEYS)}" for key in given if key not in OWN_KEYS]
+    found += [
+        f"make_pairs: {key} is set by scripts/rounds.py itself." for key in ("out", "name", "reference") if key in given
+    ]
+    if given.get("base_url"):
+        found.append("make_pairs: base_url would go on serving one model while the rounds train it; leave it out.")
+    for key in given.keys() & OWN_KEYS.keys():
+        schema = own_schema(OWN_KEYS[key])
+        found.append(keys.problem(key, keys.as_meant(given[key], schema), schema))
+    found += [f"{key} is missing." for key in ("dataset", "eval_dataset") if not recipe.get(key)]
+    if sentences := [sentence for sentence in found if sentence]:
+        raise UsageError(*sentences)
+    defaults = {key: None if isinstance(value, type) else value for key, value in OWN_KEYS.items()}
+    check({**defaults, **given}, frozenset(given), recipe.get("adapter_name_or_path"))
