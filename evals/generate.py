@@ -13,6 +13,8 @@ question) once, in exactly the text the model is trained on. A batch holds per_d
     max_new_tokens  512
     temperature     0 is greedy; above, sampled with the recipe's `seed`
     top_p           1.0
+    best_of         N: of N sampled answers the one with the highest self-reward, the mean log-prob per token that the
+                    adapter gives more than its base (RLAIF-V, arXiv 2405.17220); every model must be an adapter
     output_dir      where to write (default outputs/evals/<model>-generations)
     restart         true: ask again what an interrupted or earlier run has asked
 
@@ -49,6 +51,7 @@ OWN_KEYS = {
     "max_new_tokens": 512,
     "temperature": 0.0,
     "top_p": 1.0,
+    "best_of": int,
     "restart": False,
     "base_url": str,
     "model": str,
@@ -69,8 +72,11 @@ def main(argv: list[str]) -> int:
     from llava_orpo.evaluation import generation, served
     from llava_orpo.evaluation.session import open_session
     from llava_orpo.files import write_jsonl
+    from llava_orpo.pairs import best_of
     from llava_orpo.serving.client import Server
 
+    if own["best_of"] is not None:
+        best_of.check(own, generation.named_models(recipe, own["models"]))
     settings = generation.Settings(own["max_new_tokens"], own["temperature"], own["top_p"], int(recipe.get("seed", 0)))
     base = with_model(recipe, "base")
     given = command.given("output_dir")
@@ -104,9 +110,13 @@ def main(argv: list[str]) -> int:
                     print(f"warning: {name}: {sentence}", file=sys.stderr)
     else:
         for name, model_recipe in generation.named_models(recipe, own["models"]).items():
-            with open_session(model_recipe, str(folder)) as session:
+            with open_session(model_recipe, str(folder), keep_adapter=own["best_of"] is not None) as session:
                 prompts = generation.unique_prompts(session.rows, own["max_prompts"])
-                found = generation.answers(session, prompts, folder, name, settings, own["restart"])
+                about = session, prompts, folder, name, settings
+                if own["best_of"] is None:
+                    found = generation.answers(*about, own["restart"])
+                else:
+                    found = best_of.answers(*about, own["best_of"], own["restart"])
                 keep(session, name, found, len(prompts))
     for reason, count in failed.most_common(3):
         print(f"{count} prompts got no answer, run the command again to ask them: {reason}", file=sys.stderr)

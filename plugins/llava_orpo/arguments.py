@@ -231,6 +231,23 @@ class PluginArguments:
             "reach other pairs. It costs these forwards, without gradients."
         },
     )
+    # rounds of self-made pairs (scripts/rounds.py alone reads these)
+    rounds: Annotated[int, Field(ge=1)] = field(
+        default=2, metadata={"help": "How often scripts/rounds.py samples, pairs, trains and evaluates."}
+    )
+    round_reference: Literal["previous", "base"] = field(
+        default="previous",
+        metadata={
+            "help": "Where a round of scripts/rounds.py trains from, and what its self-reward compares with. previous: "
+            "training goes on with the last round's adapter, and the reward compares that adapter with the one before "
+            "it. base: every round trains anew from where the recipe starts, on pairs of the last round's model, and "
+            "the reward compares that model with the base model."
+        },
+    )
+    make_pairs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keys of scripts/make_pairs.py for every round of scripts/rounds.py: {answers: 8, …}."},
+    )
 
     # evaluation
     preference_eval: bool = field(
@@ -258,6 +275,18 @@ class PluginArguments:
                 raise ValueError(f"dataset_filter: {value!r} is neither a YAML mapping nor JSON ({err}).") from None
         if value is not None and not isinstance(value, dict):
             raise ValueError("dataset_filter must map columns to values, e.g. {origin_dataset: COCO}.")
+        return value
+
+    @field_validator("make_pairs", mode="before")
+    @classmethod
+    def _read_make_pairs(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as err:
+                raise ValueError(f"make_pairs: {value!r} is neither a YAML mapping nor JSON ({err}).") from None
+        if value is not None and not isinstance(value, dict):
+            raise ValueError("make_pairs must map keys of scripts/make_pairs.py to values, e.g. {answers: 8}.")
         return value
 
     @field_validator("recompute", mode="before")

@@ -145,7 +145,7 @@ def read_command(
     if any(word in HELP for word in argv):
         print(doc.strip())
         raise SystemExit(0)
-    schemas = {key: _own_schema(default) for key, default in own_keys.items()}
+    schemas = {key: own_schema(default) for key, default in own_keys.items()}
     words = _modern(list(argv), old or {}, schemas)
     takes_recipe = file.endswith(SUFFIXES)
     if not words or "=" in words[0] or words[0].startswith("-"):
@@ -249,7 +249,7 @@ def _load_own(path: Path, overrides: list[str], must_exist: bool) -> dict[str, A
     return OmegaConf.to_container(_read_overrides(overrides))
 
 
-def _own_schema(default: Any) -> dict[str, Any]:
+def own_schema(default: Any) -> dict[str, Any]:
     """The JSON Schema of an own key's values: those of its default's type; a key without a default also takes null."""
     if isinstance(default, type):
         return {"type": [_JSON_TYPES[default], "null"]}

@@ -176,3 +176,17 @@ def image_size(image) -> tuple[int, int]:
         image.seek(position)
         return size
     return images.header_size(read(image))
+
+
+def name_of(reference: str | bytes | dict) -> str | None:
+    """The file name that the dataset gives an image, or that of its file; None where the image has none."""
+    if isinstance(reference, str) and reference.startswith(ARROW):
+        file, column, row = reference[len(ARROW) :].rsplit("#", 2)
+        return name_of(_open_arrow(file, column)[int(row)][column])
+    if isinstance(reference, str) and reference.startswith(PARQUET):
+        file, column, stamp, group, row, _ = reference[len(PARQUET) :].rsplit("#", 5)
+        table = open_parquet(file, stamp).read_row_group(int(group), columns=[f"{column}.path"], use_threads=False)
+        return name_of(table.column(0)[int(row)].as_py() or {}) if table.num_columns else None
+    if isinstance(reference, dict):
+        reference = reference.get("path") or ""
+    return (os.path.basename(reference) or None) if isinstance(reference, str) else None

@@ -144,8 +144,17 @@ def answer_batch(
     Greedy, unless `processors` hold a SeededSampling. A checkpoint's generation_config.json changes nothing.
     streaming: a streamer and stopping_criteria for `generate`.
     """
+    config = generation_config(session, max_new_tokens)
+    inputs = {key: value.to(session.device) for key, value in inputs.items()}
+    with torch.no_grad(), session.precision():
+        out = session.model.generate(**inputs, generation_config=config, logits_processor=list(processors), **streaming)
+    return answer_texts(session, out[:, inputs["input_ids"].shape[1] :])
+
+
+def generation_config(session: Session, max_new_tokens: int, **more) -> GenerationConfig:
+    """Greedy decoding to the end tokens of the session's format, or to max_new_tokens. more: further fields."""
     tokenizer = session.tokenizer
-    config = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -158,12 +167,13 @@ def answer_batch(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_tokens(session.template.conversation, tokenizer),
+        **more,
     )
-    inputs = {key: value.to(session.device) for key, value in inputs.items()}
-    with torch.no_grad(), session.precision():
-        out = session.model.generate(**inputs, generation_config=config, logits_processor=list(processors), **streaming)
-    answers = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def answer_texts(session: Session, ids: torch.Tensor) -> list[str]:
+    """The texts of generated tokens, (n, tokens), without special tokens."""
+    return [text.strip() for text in session.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
@@ -180,7 +190,7 @@ def end_tokens(conversation: Conversation, tokenizer) -> list[int]:
     return sorted({trained, tokenizer.eos_token_id})
 
 
-def prompt_seed(row: dict[str, Any], seed: int) -> int:
+def prompt_seed(row: dict[str, Any], seed: int | list[int]) -> int:
     """A 63-bit seed from the recipe's seed, the image and the prompt: the same in every batch and model."""
     text = json.dumps([seed, row["image_hash"], row["prompt_ids"]])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from .. import PLUGIN_NAME, autoload
 from ..errors import UserError
@@ -106,10 +107,18 @@ class Session:
         return {"logps": chosen_first([self.forward(part).sums for part in parts_of(batch)])}
 
 
-def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True, need_model: bool = True) -> Session:
+def open_session(
+    recipe: dict[str, Any],
+    output_dir: str,
+    need_rows: bool = True,
+    need_model: bool = True,
+    keep_adapter: bool = False,
+) -> Session:
     """Loads model, processor and the recipe's `eval_dataset`. Training keys of the recipe are ignored.
 
     need_model: False reads no weights, for answers that a server gives; config, tokenizer and processor are still read.
+    keep_adapter: True leaves the recipe's one adapter beside the base, so that PEFT's `disable_adapter` gives the base;
+    LLaMA-Factory merges the adapter of an unquantized model that is not trained.
 
     Raises UserError when the recipe names no eval_dataset, and whatever loading raises.
     """
@@ -141,7 +150,10 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
         rows = workflow.read_rows(running, template, module, model_args, data_args, training_args)["eval_dataset"]
     model = collator = None
     if need_model:
+        adapter = _taken_out(model_args) if keep_adapter else None
         model = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
         if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
             model.to(training_args.device)
         prepare(model, training_args.device, running.arguments.attention_backend, running.arguments.cudnn_attention)
@@ -160,3 +172,17 @@ def open_session(recipe: dict[str, Any], output_dir: str, need_rows: bool = True
         finetuning_args.pref_beta,
         autocast,
     )
+
+
+def _taken_out(model_args) -> str | None:
+    """The one adapter that the arguments name, which they name no longer; None if there is none.
+
+    Raises UserError for several.
+    """
+    adapters, model_args.adapter_name_or_path = model_args.adapter_name_or_path or [], None
+    if len(adapters) > 1:
+        raise UserError(
+            f"adapter_name_or_path names {len(adapters)} adapters; merge all but the last one into a base of its own "
+            "(llamafactory-cli export)."
+        )
+    return adapters[0] if adapters else None
