@@ -148,6 +148,19 @@ def show(result: dict) -> str:
     )
 
 
+def costs(results: list[dict]) -> str:
+    """The table of docs/losses.md: seconds (FLOPs) over LLaMA-Factory's plain ORPO, a column per model."""
+    head = (
+        ["loss", *(f"`{result['geometry']}`: seconds (FLOPs)" for result in results)] if results else ["loss", "cost"]
+    )
+    rows = []
+    for name in SIDES:
+        found = [relative(result, name) for result in results]
+        cells = [f"{each['seconds']:.2f} ({each['flops']:.2f})" for each in found] or ["not yet measured"]
+        rows.append([name.replace("stock:", "LLaMA-Factory:"), *cells])
+    return measure.table(head, rows)
+
+
 def main() -> None:
     parser = measure.parser(__doc__, smoke="smallest model, one repeat: does it run")
     parser.add_argument("--geometry", choices=setting.GEOMETRIES, default="mid")

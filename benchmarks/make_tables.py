@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and docs/scaling.md from benchmarks/results/*.json: run a benchmark again, then this.
+"""Writes docs/benchmarks.md, docs/scaling.md and the costs in docs/losses.md from benchmarks/results/*.json.
 
     python benchmarks/make_tables.py
 
@@ -29,6 +29,8 @@ from llava_orpo.plan import report
 
 PAGE = setting.ROOT / "docs" / "benchmarks.md"
 SCALING = setting.ROOT / "docs" / "scaling.md"
+LOSSES = setting.ROOT / "docs" / "losses.md"
+COSTS = "<!-- costs: written by benchmarks/make_tables.py -->"  # before and after the table
 INTRODUCTION = """# Benchmarks
 
 `python benchmarks/make_tables.py` writes this page from `benchmarks/results/*.json`. Both sides run in turn in one
@@ -250,6 +252,12 @@ def page(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def with_costs(text: str, folder: Path) -> str:
+    """docs/losses.md with the costs of the results in a folder."""
+    before, _, after = text.split(COSTS)
+    return f"{before}{COSTS}\n{losses.costs(load(folder, 'losses_*.json'))}\n{COSTS}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=measure.RESULTS)
@@ -258,6 +266,9 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(args.results))
     print(args.out)
+    if args.out == PAGE:
+        LOSSES.write_text(with_costs(LOSSES.read_text(), args.results))
+        print(LOSSES)
     for planned in load(args.results, "plan_7b.json") if args.out == PAGE else ():
         SCALING.write_text(report.scaling_page(planned))
         print(SCALING)

@@ -275,6 +275,7 @@ def test_gradient_difference():
 
 def test_pages_are_what_the_results_give():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == make_tables.page(measure.RESULTS)
+    assert make_tables.LOSSES.read_text() == make_tables.with_costs(make_tables.LOSSES.read_text(), measure.RESULTS)
     (planned,) = make_tables.load(measure.RESULTS, "plan_7b.json")
     assert (ROOT / "docs" / "scaling.md").read_text() == report.scaling_page(planned)
 

@@ -378,7 +378,7 @@ def _shared_step(model, setting: Setting, batch: dict[str, Any]) -> torch.Tensor
     n, rejected, frozen_tower = packed.n_pairs, packed.n_rejected, setting.freeze_vision_tower
     with _precision(setting):
         if setting.reference:
-            with torch.no_grad():
+            with torch.no_grad(), model.disable_adapter():
                 packed_logps(model, batch, device, skip_unread=frozen_tower)
         out = packed_logps(model, batch, device, skip_unread=frozen_tower)
         means = out.sums / out.lengths
