@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from helpers.ranks import train
+from helpers.ranks import train, train_on_processes
 from helpers.recipes import build_trainer, photo_rows, recipe, write_rows
-from helpers.same_training import assert_same
+from helpers.same_training import adapter, assert_same
 from helpers.serving import png
 from llava_orpo.data import images
 from llava_orpo.errors import UserError
@@ -172,6 +172,13 @@ def run(folder, name, **keys):
     return folder / name
 
 
+def assert_same_adapters(one, other, tolerance=1e-5):
+    left, right = adapter(one), adapter(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=tolerance, atol=tolerance * tensor.abs().max().item())
+
+
 def test_a_cached_reference_is_the_adapter_turned_off(photos, monkeypatch):
     """The same trainings; what was computed is used again, and what is missing is computed."""
     more = {"preference_loss": "mdpo", "damaged_image": "grey", "max_steps": 3}
@@ -187,7 +194,7 @@ def test_a_cached_reference_is_the_adapter_turned_off(photos, monkeypatch):
     monkeypatch.setattr(trainer_module.SharedPrefixTrainer, "reference_forward", counted)
     cached = run(photos, "cached", **more, reference="cached")
     assert sum(forwards) == 8 * 2, "each pair once under each image, and never while training"
-    assert_same(off, cached, tolerance=1e-5)
+    assert_same_adapters(off, cached)
     for one, other in zip(logged(off)[:3], logged(cached)[:3], strict=True):
         for key in ("loss", "image_loss", "rewards/margins", "grounding/margin"):
             assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
@@ -199,7 +206,7 @@ def test_a_cached_reference_is_the_adapter_turned_off(photos, monkeypatch):
     forwards.clear()
     run(photos, "cached", **more, reference="cached", overwrite_output_dir=True)
     assert sum(forwards) == 3 and sorted(file.read_text().splitlines()) == sorted(map(str.strip, lines))
-    assert_same(off, cached, tolerance=1e-5)
+    assert_same_adapters(off, cached)
     forwards.clear()
     run(photos, "cached", **more, reference="cached", overwrite_output_dir=True, cutoff_len=1000)
     assert sum(forwards) == 8 * 2, "other keys than those it was computed under"
@@ -223,10 +230,9 @@ def test_workers_and_a_resumed_run_damage_alike(photos):
         ({"preference_loss": "simpo", "pref_loss": "orpo"}, "contradicts pref_loss: orpo"),
         ({"preference_loss": "mdpo", "reference": "cached"}, "does not go with damaged_image: masked"),
         (
-            {"preference_loss": "mdpo", "use_unsloth": True},
-            "preference_loss: mdpo needs the shared-prefix step, which this run does not take: unsloth",
+            {"image_preference": 0.5, "pref_loss": "sigmoid", "ld_alpha": 0.5},
+            "needs the shared-prefix step.*: ld_alpha",
         ),
-        ({"image_preference": 0.5, "pref_loss": "sigmoid", "ld_alpha": 0.5}, "image_preference: 0.5 needs the shared"),
         ({"preference_loss": "sft", "max_tokens_per_step": 40}, r"max_tokens_per_step: 40 is less than the \d+ tokens"),
     ],
 )
@@ -260,3 +266,37 @@ def test_flags_choose_a_loss_as_recipes_do(photos):
     assert not finetuning.use_ref_model
     with pytest.raises(UserError, match="contradicts pref_loss: orpo"):
         get_train_args([*words, "--pref_loss", "orpo"])
+
+
+@pytest.mark.heavy
+def test_two_processes_train_as_one(tmp_path):
+    """With a damaged image for each image of an uneven set, and with the reference shared out between them."""
+    write_rows(tmp_path, photo_rows(5, 1))
+    keys = {**KEYS, "group_pairs_by_image": False, "num_train_epochs": 1, "ddp_timeout": 300}
+    cases = {
+        "orpo": {"pref_loss": "orpo", "image_preference": 1.0},
+        "mdpo": {"preference_loss": "mdpo", "damaged_image": "grey", "reference": "cached"},
+        "sft": {"preference_loss": "sft", "max_tokens_per_step": 100},
+    }
+    sizes = {"one": 4, "two": 2}
+    recipes = {
+        (name, count): recipe(
+            tmp_path,
+            {**keys, **more, "per_device_train_batch_size": size, "output_dir": str(tmp_path / name / count)},
+        )
+        for name, more in cases.items()
+        for count, size in sizes.items()
+    }
+    train_on_processes(tmp_path, [made for (_, count), made in recipes.items() if count == "one"], 1)
+    train_on_processes(tmp_path, [made for (_, count), made in recipes.items() if count == "two"], 2)
+    for name in cases:
+        one, two = (tmp_path / name / count for count in sizes)
+        assert_same_adapters(one, two, 1e-4)
+        for a, b in zip(logged(one), logged(two), strict=True):
+            for key in ("loss", "logps/chosen", "grounding/margin", "grounding/share", "image_loss"):
+                assert b.get(key) == pytest.approx(a.get(key), rel=1e-4, abs=1e-4), (name, key)
+    shares = [
+        len((tmp_path / "mdpo" / "two" / reference_module.FILE.format(rank)).read_text().splitlines()) - 1
+        for rank in (0, 1)
+    ]
+    assert sorted(shares) in ([2, 3], [3, 3]), "each process has computed its share"
