@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers.commands import exit_code
@@ -28,7 +29,7 @@ from llava_orpo.pairs import making, sampling, self_reward
 from llava_orpo.serving import client
 
 TOKENS = 12
-SETTINGS = generation.Settings(TOKENS, 0.8, 0.95, 3)
+SETTINGS = generation.Settings(5, 0.8, 0.95, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +42,34 @@ def quick(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def base(tmp_path_factory):
+    """The random model with larger weights: at transformers' 0.02 its answers hardly depend on image and prompt."""
+    folder = tmp_path_factory.mktemp("base")
+    for file in random_model().iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(random_model() / "model.safetensors")
+    larger = {name: weight * 4 if weight.dim() == 2 else weight for name, weight in weights.items()}
+    save_file(larger, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, base):
     """Six rows on three images, the last one without an image; a recipe with an adapter on the random model."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = photo_rows(3, 2)
     rows[1]["question"] = "What is it?"
     rows[5]["image"] = None
     write_rows(folder, rows)
-    random_adapter(random_model(), folder / "adapter")
-    random_adapter(random_model(), folder / "earlier", seed=1)
+    random_adapter(base, folder / "adapter")
+    random_adapter(base, folder / "earlier", seed=1)
     keys = {
         "allow_text_only": True,
         "per_device_eval_batch_size": 4,
         "adapter_name_or_path": str(folder / "adapter"),
         "eval_dataset": "rows",
+        "model_name_or_path": str(base),
     }
     write_recipe(folder, keys)
     return folder
@@ -99,12 +114,16 @@ def test_answers_on_one_prefill_are_those_of_one_prompt_at_a_time(opened, tmp_pa
         inputs = generation.batch_inputs(opened, [full_prompt_ids(row, opened.image_token_id)], pictures)
         for number, seed in enumerate(sampling.answer_seeds(row, SETTINGS.seed, 3)):
             processor = SeededSampling([seed], SETTINGS.temperature, SETTINGS.top_p)
-            (alone,) = generation.answer_batch(opened, inputs, TOKENS, [processor])
+            (alone,) = generation.answer_batch(opened, inputs, SETTINGS.max_new_tokens, [processor])
             assert found[position]["answers"][number] == alone
     every = [text for record in found.values() for text in record["answers"]]
     assert len(set(every)) > 12  # they differ, so an exchange would show
     cut = [flag for record in found.values() for flag in record["cut"]]
     assert any(cut) and not all(cut)
+
+
+def base_of(folder) -> str:
+    return json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 @torch.no_grad()
@@ -126,7 +145,7 @@ def plain_rewards(folder, rows, questions_answers, reference) -> list[float]:
         return found
 
     def load(adapter):
-        base = AutoModelForImageTextToText.from_pretrained(random_model()).eval()
+        base = AutoModelForImageTextToText.from_pretrained(base_of(folder)).eval()
         return base if adapter is None else PeftModel.from_pretrained(base, folder / adapter).eval()
 
     return [(a - b) / n for (a, n), (b, _) in zip(logps(load("adapter")), logps(load(reference)), strict=True)]
