@@ -26,6 +26,7 @@ PURE = (
     "keys",
     "recipe",
     "precheck",
+    "loss_keys",
     "arguments",
     "step.packing",
     "step.orpo",

@@ -47,14 +47,14 @@ def problems(
     also_known: further keys that may be suggested for a misspelt one.
     """
     found = _key_problems(recipe, command, also_known)
+    if command == "train" and not found:  # else a value may not be of its type
+        found += loss_keys.problems(recipe)
     for key in NEEDED.get(command, ("model_name_or_path",)):
         if recipe.get(key) is None:
             found.append(f"{key} is missing.")
     for key, check in CHECKS.items():
         if recipe.get(key) not in (None, False, "") and (uses is None or key in uses):
             found += check(key, recipe)
-    if command == "train":
-        found += loss_keys.problems(recipe)
     return found
 
 

@@ -18,6 +18,7 @@ from llava_orpo.step.order import Drawn, PaddedRows
 from llava_orpo.step.parts import filled_up
 from llava_orpo.training import reference as reference_module
 from llava_orpo.training import trainer as trainer_module
+from llava_orpo.training import undamaged
 
 KEYS = {
     "finetuning_type": "lora",
@@ -133,12 +134,14 @@ def test_the_image_term_is_in_the_loss_and_counts_the_pairs_that_have_it(trainer
 
 def test_what_has_no_image_term_is_said_once_and_counted(trainer, monkeypatch):
     said = []
-    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
-    monkeypatch.setattr(trainer, "_undamaged", {})
+    monkeypatch.setattr(undamaged.logger, "warning", said.append)
+    monkeypatch.setattr(undamaged.logger, "warning_rank0", said.append)
+    monkeypatch.setattr(trainer, "undamaged", undamaged.Undamaged())
     for _ in range(2):
         trained(trainer, batch(trainer))
     assert len(said) == 1 and "has no image term, as all such pairs: the damaged image equals the true one" in said[0]
-    assert trainer.undamaged() == {"the damaged image equals the true one": 2}
+    assert trainer.undamaged.summarize(1) == {"the damaged image equals the true one": 2}
+    assert said[1:] == ["Without an image term: 2 pairs, because the damaged image equals the true one."]
 
 
 def test_an_evaluation_scores_as_ever(trainer, tmp_path, monkeypatch):

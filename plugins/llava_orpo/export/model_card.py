@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .. import keys
+from .. import keys, loss_keys
 from ..checkpoint.adapter import ADAPTER_FILE
 from ..errors import UserError
 from ..files import write_atomic
@@ -86,7 +86,11 @@ def make_card(
         "tags": ["llava_next", "orpo", "preference-optimization", "llama-factory"],
     }
     meta = {key: value for key, value in meta.items() if value is not None}
-    method = f"{recipe.get('pref_loss', 'sigmoid').upper()} (weight {recipe.get('pref_beta', 0.1)})"
+    method = (recipe.get("preference_loss") or recipe.get("pref_loss") or loss_keys.DEFAULT).upper()
+    if recipe.get("preference_loss") not in ("pea", "sft"):
+        method += f" (weight {recipe.get('pref_beta', 0.1)})"
+    if weight := recipe.get("image_preference"):
+        method += f" and an image term ({recipe.get('image_preference_loss', 'odds_ratio')}, weight {weight})"
     bits = recipe.get("quantization_bit")
     full = recipe.get("finetuning_type", "lora") != "lora"
     tuning = "training of all parameters" if full else f"LoRA of rank {recipe.get('lora_rank', 8)}"

@@ -16,6 +16,12 @@ from ..step import losses, orpo
 from ..step.model import PackedLogps
 
 Terms = dict[str, torch.Tensor]
+GROUNDING = {  # terms of an image term, and the names under which a training logs them
+    "image_loss": "image_loss",
+    "grounding_margin": "grounding/margin",
+    "grounding_accuracy": "grounding/accuracy",
+    "has_damaged": "grounding/share",
+}
 
 
 def log_probs(scored: PackedLogps) -> Terms:
@@ -133,6 +139,19 @@ class Objective:
             damaged = logps["damaged_sum"], reference["damaged_sum"]
             return {"loss": losses.mdpo(*summed, damaged[0], *theirs, damaged[1], self.beta), **rewards}
         return {"loss": losses.dpo(*summed, *theirs, self.beta, self.label_smoothing), **rewards}
+
+
+def over_damaged(logged: Mapping[str, float]) -> dict[str, float]:
+    """Means over all pairs, with those of `GROUNDING` turned into means over the pairs with a damaged image.
+
+    `grounding/share` stays the share of these; where it is 0 there is nothing to say of them.
+    """
+    share = logged.get(GROUNDING["has_damaged"])
+    if share is None:
+        return dict(logged)
+    ours = [name for key, name in GROUNDING.items() if key != "has_damaged"]
+    rest = {name: value for name, value in logged.items() if name not in ours}
+    return rest | ({name: logged[name] / share for name in ours} if share else {})
 
 
 def _rewards(answers, beta: float = 1.0) -> Terms:

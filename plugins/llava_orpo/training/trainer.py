@@ -7,7 +7,6 @@ losses that do (sigmoid, hinge, ipo, kto_pair, …) run policy and reference on 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -56,19 +55,13 @@ from ..upstream import (
 )
 from .anomalies import ANOMALIES, Anomalies
 from .callbacks import TrackioAfterTraining, WandbExamples
-from .objective import Objective, log_probs
+from .objective import GROUNDING, Objective, log_probs, over_damaged
 from .stopping import EvaluationStopped
 from .survival import Survival, goes_on, told_of_full_disk
+from .undamaged import Undamaged
 
 logger = logging.get_logger("llamafactory." + __name__)
 WINDOW = "log_window_{}.pt"  # of each process: the terms since the last log
-# The objective's terms that are logged as means over the pairs with a damaged image, and under which names.
-GROUNDING = {
-    "image_loss": "image_loss",
-    "grounding_margin": "grounding/margin",
-    "grounding_accuracy": "grounding/accuracy",
-}
-DAMAGED = "grounding/share"  # of the pairs, that have a damaged image
 
 
 class SharedPrefixTrainer(CustomDPOTrainer):
@@ -93,7 +86,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         self._sums: dict[str, dict[str, torch.Tensor]] = {}  # see store_metrics
         self._read: dict[str, float] = {}  # see _read_window
         self._bad_images: set[tuple[str, str, int]] = set()
-        self._undamaged: dict[tuple[str, str, int], str] = {}
+        self.undamaged = Undamaged()
         self._waited, self._since = 0.0, time.perf_counter()
         self.survival: Survival | None = None  # see survival.attach
         self.signalled: bool | None = None  # whether a process was asked to stop, as of the last optimizer step
@@ -270,7 +263,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
     def reference_forward(self, model, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """`concatenated_forward` of the reference model without gradients: the second one, or without the adapter."""
         if "reference" in batch:
-            return batch["reference"].terms()
+            return batch["reference"].to(self.args.device, non_blocking=True).terms()
         reference, context = self.ref_model, nullcontext()
         if reference is None:
             reference, context = model, self.accelerator.unwrap_model(model).disable_adapter()
@@ -313,7 +306,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
         terms, output = self.pair_losses(model, batch)
         self._note_bad_images(batch)
         if train_eval == "train":
-            self._note_undamaged(batch)
+            self.undamaged.note(batch)
             self._anomalies.note(batch["rows"], terms["loss"])
         weights = batch["weights"].to(terms["loss"].device, torch.float32)  # DeepSpeed hands them over in bf16
         whole = batch.get("whole", batch)
@@ -347,7 +340,6 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             metrics["log_odds_ratio"] = -metrics["odds_ratio_loss"]  # TRL's ORPOTrainer: mean logsigmoid(log_odds)
         if "has_damaged" in terms and train_eval == "train":
             metrics |= {name: mean(terms[key]) for key, name in GROUNDING.items()}
-            metrics[DAMAGED] = mean(terms["has_damaged"])
         prefix = "eval_" if train_eval == "eval" else ""
         return mean(terms["loss"]), {f"{prefix}{key}": value.detach() for key, value in metrics.items()}
 
@@ -401,23 +393,6 @@ class SharedPrefixTrainer(CustomDPOTrainer):
             stop_at_bad_row([entry], self.plugin.bad_rows)
             logger.warning(f"Pair {name} is left out, its image can't be decoded: {reason}")
 
-    def _note_undamaged(self, batch: dict[str, Any]) -> None:
-        """Counts the pairs that have no image term, and says so at the first of them."""
-        for index, reason in batch.get("undamaged", ()):
-            row = batch["rows"][index]
-            name = row["pair_id"] or f"row {row['place']}"
-            if not self._undamaged:
-                logger.warning(f"Pair {name} has no image term, as all such pairs: {reason}.")
-            self._undamaged[row["dataset"], name, row["place"]] = reason
-
-    def undamaged(self) -> dict[str, int]:
-        """{why: how many pairs have had no image term in this training}, of all processes."""
-        parts = [self._undamaged]
-        if self.args.world_size > 1:
-            parts = [None] * self.args.world_size
-            torch.distributed.all_gather_object(parts, self._undamaged)
-        return dict(Counter({key: reason for part in parts for key, reason in part.items()}.values()))
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             now = time.perf_counter()
@@ -430,11 +405,7 @@ class SharedPrefixTrainer(CustomDPOTrainer):
                 terms = dict(zip(terms, self._total(terms).tolist(), strict=True))
         pairs = terms.pop("", 0.0)
         if pairs:  # the mean over all pairs since the last log, on all processes
-            terms = {key: value / pairs for key, value in terms.items()}
-            if DAMAGED in terms:
-                share, ours = terms[DAMAGED], {key: terms.pop(key) for key in GROUNDING.values()}
-                terms |= {key: value / share for key, value in ours.items() if share}
-            logs.update(terms)
+            logs.update(over_damaged({key: value / pairs for key, value in terms.items()}))
         Trainer.log(self, logs, *args, **kwargs)  # CustomDPOTrainer.log averages over micro-batches, empty ones too
 
     def _total(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -95,9 +95,8 @@ def _train(trainer, request: StopRequest, training_args, finetuning_args) -> Non
         step, again = trainer.state.global_step, same_command(training_args)
         request.end(f"Stopped by {request.name} at step {step}; checkpoint-{step} is saved. T{again[1:]} goes on.")
     trainer.save_model()
-    if isinstance(trainer, SharedPrefixTrainer) and (passed_over := trainer.undamaged()):
-        counts = "; ".join(f"{count} pairs, because {reason}" for reason, count in sorted(passed_over.items()))
-        logger.warning_rank0(f"Without an image term: {counts}.")
+    if isinstance(trainer, SharedPrefixTrainer) and trainer.objective.runs_damaged:
+        trainer.undamaged.summarize(training_args.world_size)
     if finetuning_args.include_effective_tokens_per_second:
         speed = checks.tokens_per_second(trainer.train_dataset, result.metrics)
         result.metrics["effective_tokens_per_sec"] = speed
