@@ -144,7 +144,7 @@ def test_sft_runs_no_rejected_answer():
     assert batch["packed"].targets.tolist() == [10, 11] and batch["packed"].n_rejected == 0
 
 
-@pytest.mark.parametrize("limit", [6, 12, 14, 30])
+@pytest.mark.parametrize("limit", [6, 14, 18, 32])
 def test_parts_count_the_damaged_images_too(limit):
     rows = [row(0, "A"), row(1, "A"), row(2, "B"), row(3, "")]
     made = collator("masked", group_by_image=True)
@@ -152,9 +152,9 @@ def test_parts_count_the_damaged_images_too(limit):
     made.max_tokens = limit
     cut = made(rows)
     parts = cut.get("parts", [cut])
-    assert made._num_tokens(made._group(rows)) == whole["packed"].num_tokens == 41
-    assert len(parts) == {6: 4, 12: 4, 14: 4, 30: 2}[limit]
-    assert all(part["packed"].num_tokens <= max(limit, 13) for part in parts), "a pair on an image takes 13"
+    assert made._num_tokens(made._group(rows)) == whole["packed"].num_tokens == 37
+    assert len(parts) == {6: 4, 14: 4, 18: 3, 32: 2}[limit]
+    assert all(part["packed"].num_tokens <= max(limit, 14) for part in parts), "a pair on an image takes 14"
     assert sum(part["packed"].n_damaged for part in parts) == whole["packed"].n_damaged == 3
     shown = {data for part in parts for data in part["image_inputs"].get("bytes", [])}
     assert shown == set(whole["image_inputs"]["bytes"]), "each part has the damaged image that the whole has"
