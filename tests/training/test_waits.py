@@ -49,7 +49,7 @@ OURS = {
 OTHERS = {
     "transformers/trainer.py _inner_training_loop": 1,  # the sum of losses is made
     "transformers/trainer.py _finalize_training": 1,  # and read
-    "torch/utils/data/dataloader.py __init__": 1,  # the seed of an epoch's iterator
+    "torch/utils/data/dataloader.py __init__": 3,  # the seed of an iterator, of an epoch's and of the reference's two
     "preference/scoring.py <dictcomp>": 4,  # the reference of each pair under two images, before the first step
     "step/order.py pairs": 2,  # the order of an epoch, with image groups twice
     "torch/optim/optimizer.py _get_value": STEPS * 6,  # AdamW's number of steps for each of the six LoRA matrices
