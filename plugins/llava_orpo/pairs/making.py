@@ -64,7 +64,7 @@ def make(recipe: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     with open_session(asked, str(folder), need_model=need_model, keep_adapter=by_self) as session:
         if by_self:
             self_reward.use_reference(session, own["reference"])
-        positions = generation.unique_prompts(session.rows, own["max_prompts"])
+        positions = prompts_of(session.rows, own["max_prompts"])
         made = Made()
         label = _sample(session, positions, folder, own, settings, made)
         _score(session, folder, own, notes, made)
