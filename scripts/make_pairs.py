@@ -11,7 +11,7 @@ prompts with all their answers. Own keys:
     out              where to write (default outputs/pairs/<model>)
     name             the pairs' name in dataset_info.json (default: the folder's)
     answers          8 answers to each prompt, sampled with the recipe's `seed`
-    max_prompts      maximum number of prompts, spread evenly over the set
+    max_prompts      maximum number of prompts: all those of an image, the images spread evenly over the set
     max_new_tokens   512; an answer that has no end by then is left out
     temperature 0.7, top_p 1.0
     margin           0.0: how much higher the chosen answer must score

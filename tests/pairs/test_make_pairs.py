@@ -11,6 +11,7 @@ import make_pairs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -185,6 +186,16 @@ def test_pairs_are_written_registered_and_read_by_training(make, folder, opened,
     assert [row["question"] for row in train] == [row["question"] for row in written]
 
 
+def test_max_prompts_keeps_the_prompts_of_an_image_together():
+    rows = Dataset.from_list(
+        [{"image_hash": f"{i // 3}", "image": None, "prompt_ids": [i % 3]} for i in range(30)]
+        + [{"image_hash": "0", "image": None, "prompt_ids": [0]}]  # asked before
+    )
+    assert making.prompts_of(rows, None) == list(range(30))
+    assert making.prompts_of(rows, 6) == [0, 1, 2, 15, 16, 17]
+    assert making.prompts_of(rows, 2) == [0, 1]
+
+
 def test_an_interrupted_run_goes_on(make, tmp_path, monkeypatch):
     assert make(out="whole")[0] == 0
     original, asked = sampling.sample_batch, []
@@ -352,6 +363,7 @@ def test_best_of_refuses_what_cannot_work(folder, tmp_path, capsys, words, said)
     "words, said",
     [
         (["answers=1"], "answers=1: must be at least 2"),
+        (["max_prompts=0"], "max_prompts=0: must be at least 1"),
         (["temperature=0"], "greedy answers are all equal"),
         (["scoring=best"], "must be one of self, judge, objects"),
         (["adapter_name_or_path=null"], "name the adapter"),

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..data import image_store
+from ..data import columns, image_store
 from ..errors import UserError
 from ..evaluation import generation, judging, served
 from ..evaluation.answer_pairs import AnswerPair
 from ..evaluation.judge_prompt import CRITERIA
 from ..evaluation.session import Session, open_session
-from ..files import write_json, write_jsonl
+from ..files import evenly, write_json, write_jsonl
 from ..precheck import DATASET_INFO, names
 from ..recipe import model_label
 from ..serving.client import ChatClient, Server
@@ -64,11 +64,27 @@ def make(recipe: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     with open_session(asked, str(folder), need_model=need_model, keep_adapter=by_self) as session:
         if by_self:
             self_reward.use_reference(session, own["reference"])
-        positions = generation.unique_prompts(session.rows, own["max_prompts"])
+        positions = prompts_of(session.rows, own["max_prompts"])
         made = Made()
         label = _sample(session, positions, folder, own, settings, made)
         _score(session, folder, own, notes, made)
         return _write(session, recipe, folder, own, label, len(positions), made)
+
+
+def prompts_of(rows, limit: int | None) -> list[int]:
+    """Positions of the first pair of each (image, prompt); at most `limit`, all those of an image together.
+
+    The images are spread evenly over the set, so that many pairs share an image (`group_pairs_by_image`).
+    """
+    positions = generation.unique_prompts(rows)
+    if limit is None or limit >= len(positions):
+        return positions
+    hashes = columns.values(rows, "image_hash")
+    by_image: dict[str, list[int]] = {}
+    for position in positions:
+        by_image.setdefault(hashes[position] or f"prompt {position}", []).append(position)
+    wanted = max(limit * len(by_image) // len(positions), 1)
+    return [position for own in evenly(list(by_image.values()), wanted) for position in own][:limit]
 
 
 def _sample(session: Session, positions: list[int], folder: Path, own: Mapping[str, Any], settings, made: Made) -> str:

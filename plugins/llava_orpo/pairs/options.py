@@ -68,6 +68,8 @@ def check(own: Mapping[str, Any], given: frozenset[str], adapter: str | None) ->
     adapter: the recipe's `adapter_name_or_path`.
     """
     found = [f"{key}={own[key]}: must be at least {least}." for key, least in LEAST.items() if own[key] < least]
+    if own["max_prompts"] is not None and own["max_prompts"] < 1:
+        found.append(f"max_prompts={own['max_prompts']}: must be at least 1.")
     if own["temperature"] <= 0:
         found.append(f"temperature={own['temperature']}: greedy answers are all equal; set temperature=0.7.")
     if not 0 < own["top_p"] <= 1:
