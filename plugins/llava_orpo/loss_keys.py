@@ -65,9 +65,7 @@ def problems(recipe: Mapping[str, Any]) -> list[str]:
     if name is not None and name not in PREF_LOSS:
         return []  # the key's own check refuses it
     if name and given is not None and not (PREF_LOSS[name] == given and name in (*SAME, "mdpo", "dpo_context")):
-        found.append(
-            f"{chosen} contradicts pref_loss: {given}; leave pref_loss out (pref_loss=null behind the recipe)."
-        )
+        found.append(f"{chosen} contradicts pref_loss: {given}; leave pref_loss out, or say pref_loss=null.")
     if (name or weight) and (recipe.get("stage") or "dpo") != "dpo":
         key = chosen if name else f"image_preference: {weight:g}"
         found.append(f"{key} is for `stage: dpo`; this recipe has stage: {recipe['stage']}.")

@@ -142,7 +142,7 @@ REFUSED = [
         "train good.yaml pref_loss=orpoo",
         [
             "pref_loss: 'orpoo' is not allowed; did you mean `pref_loss: orpo`? "
-            "It must be sigmoid, hinge, ipo, kto_pair, orpo or simpo."
+            "It must be sigmoid, hinge, ipo, kto_pair, orpo or simpo, or null."
         ],
     ),
     (
@@ -202,6 +202,15 @@ REFUSED = [
     # precision
     ("train good.yaml bf16=true", ["bf16: true needs a GPU, and this machine has none; set `bf16: false`."]),
     ("train good.yaml fp16=true", ["fp16: true needs a GPU, and this machine has none; set `fp16: false`."]),
+    # keys of the loss that contradict each other
+    (
+        "train good.yaml preference_loss=mdpo image_preference=1",
+        [
+            "preference_loss: mdpo contradicts pref_loss: orpo; leave pref_loss out, or say pref_loss=null.",
+            "image_preference does not go with preference_loss: mdpo, which has an image term of its own.",
+        ],
+    ),
+    ("train good.yaml image_preference=a", ["image_preference: 'a' is not allowed; it must be a number, 0 or more."]),
     # all at once
     (
         "train good.yaml learning_rat=1 dataset=row seed=x",

@@ -279,7 +279,7 @@ def test_two_processes_train_as_one(tmp_path):
     cases = {
         "orpo": {"pref_loss": "orpo", "image_preference": 1.0},
         "mdpo": {"preference_loss": "mdpo", "damaged_image": "grey", "reference": "cached"},
-        "sft": {"preference_loss": "sft", "max_tokens_per_step": 100},
+        "sft": {"preference_loss": "sft", "max_tokens_per_step": 120},
     }
     sizes = {"one": 4, "two": 2}
     recipes = {

@@ -22,13 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers.llava import make_example, make_image, packed_images, tiny_llava
-from helpers.packed import packed_of
+from helpers.llava import IMAGE_TOKEN, make_example, make_image, packed_images, tiny_llava
 from llava_orpo.plan import trace
 from llava_orpo.step import attention
 from llava_orpo.step import model as step_model
+from llava_orpo.step.packing import pack
 from llava_orpo.training.anomalies import Anomalies
+from llava_orpo.training.objective import Objective
 from llava_orpo.training.trainer import SharedPrefixTrainer
+from llava_orpo.training.undamaged import Undamaged
 
 BF16 = torch.bfloat16
 TARGETS = r".*language_model.*_proj|.*linear_[12]"
@@ -89,7 +91,9 @@ def made(quantized: bool):
     examples = [make_example(model, image, [5, 3], [(4, 6), (2, 2)], seed) for seed, image in enumerate(images)]
     examples.insert(1, make_example(model, None, [4], [(3, 2)], 9))
     inputs = packed_images(model, examples)
+    # each image once more, in the place of its damaged one
     inputs = {"pixel_values": inputs["pixel_values"].float(), "image_sizes": inputs["image_sizes"].tolist()}
+    inputs = {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1, 1), "image_sizes": inputs["image_sizes"] * 2}
     if quantized:
         trace._quantize(model, trace.Setting())
     from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
@@ -99,7 +103,8 @@ def made(quantized: bool):
     model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS)).train()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     step_model.prepare(model, "cuda")
-    return model, packed_of(examples), inputs
+    groups = [example.pairs for example in examples]
+    return model, pack(groups, IMAGE_TOKEN, [(0, range(len(groups[0]))), (2, range(len(groups[2])))]), inputs
 
 
 def moved(model, mode: FakeTensorMode, device: str) -> None:
@@ -120,6 +125,8 @@ def run(device: str, quantized: bool, backward: bool = False) -> tuple[Seen, tor
     trainer.args = SimpleNamespace(device=torch.device(device), world_size=1)
     trainer.plugin = None
     trainer.loss_type, trainer.beta, trainer.ftx_gamma, trainer._tower_frozen = "orpo", 0.1, 0.0, True
+    trainer.objective, trainer.undamaged = Objective("orpo", 0.1, image_preference=0.5), Undamaged()
+    trainer.finetuning_args = SimpleNamespace(use_ref_model=False)
     trainer._anomalies, trainer._bad_images, trainer._sums = Anomalies(5), set(), {}
     trainer.current_gradient_accumulation_steps = 2
     mode, seen = FakeTensorMode(allow_non_fake_inputs=False), Seen()
