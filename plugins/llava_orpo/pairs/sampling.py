@@ -31,7 +31,7 @@ from ..evaluation.generation import (
     generation_config,
     prompt_seed,
 )
-from ..evaluation.resume import fingerprint, rows_digest
+from ..evaluation.resume import fingerprint
 from ..evaluation.sampling import SeededSampling
 from ..evaluation.saved import Saved
 from ..evaluation.session import Session
@@ -162,7 +162,7 @@ def sample_served(
     check(settings, answers)
     used = [dataclasses.asdict(settings), answers, server.request]
     saved = Saved(
-        folder / ".sampled_served.jsonl", _key([server.base_url, name, rows_digest(session.rows), used]), restart
+        folder / ".sampled_served.jsonl", _key([server.base_url, name, served.rows_digest(session.rows), used]), restart
     )
     done, waiting = _done(saved, positions)
     failed: dict[int, str] = {}
