@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         help="chance that an answer misnames a color or shape (default 0.55), or names a missing companion where its "
         "writers do (default 1)",
     )
-    parser.add_argument("--habit-steps", type=int, help="steps of the last phase, on mostly false answers (default 40 or 60)")
+    parser.add_argument("--habit-steps", type=int, help="steps of the last phase, on false answers (default 40 or 60)")
     parser.add_argument("--seed", type=int, default=11)
     args = parser.parse_args(argv)
     for key, value in DEFAULTS[args.world].items():
