@@ -16,8 +16,8 @@ SOURCED = "# Sourced by"  # how the head of a shell script begins that is no com
 HEAD = """# Commands
 
 The whole help of every command, as `-h` prints it, and the head of every shell script. Commands run from the
-repository's root in the environment that `scripts/quickstart.sh` makes (`source .venv/bin/activate`); shell scripts make
-the environment they need. `llamafactory-cli` is LLaMA-Factory's own command:
+repository's root in the environment that `scripts/quickstart.sh` makes (`source .venv/bin/activate`); shell scripts
+make the environment they need. `llamafactory-cli` is LLaMA-Factory's own command:
 `llamafactory-cli train|export|chat|webchat|api recipe.yaml key=value`, with the keys of
 [recipes/schema.json](../recipes/schema.json).
 
@@ -48,7 +48,8 @@ def page(root: Path) -> str:
 
 def help_of(path: Path, root: Path) -> str:
     """What a Python command prints for -h."""
-    environment = {**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    imports = os.pathsep.join(filter(None, [str(root / "plugins"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1", "PYTHONPATH": imports}
     command = [sys.executable, str(path.relative_to(root)), "-h"]
     ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if ended.returncode:

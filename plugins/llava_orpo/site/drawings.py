@@ -25,6 +25,7 @@ def shared_prefix() -> str:
     layout = pack([pairs]).layout
     names = ["image", "question a", "chosen", "rejected", "question b", "chosen", "rejected"]
     fills = [IMAGE, PROMPT, CHOSEN, REJECTED, PROMPT, CHOSEN, REJECTED]
+    apart = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     ends, length = layout.subtree_end.tolist(), layout.num_tokens
     left, top = 110, 60
     parts = [_text(left, 20, "One row: every segment once, in the order of the tree", size=14)]
@@ -49,7 +50,7 @@ def shared_prefix() -> str:
             "or another question.",
             "",
             f"Packed: {length} tokens.",
-            f"One sequence per answer: {sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)} tokens.",
+            f"One sequence per answer: {apart} tokens.",
         )
     ):
         parts.append(_text(x, top + 40 + 17 * line, text, size=12))

@@ -68,7 +68,7 @@ class Message:
 
 def collect(root: Path) -> list[Message]:
     """The messages of the checkout `root`, in the order of their files and lines, each skeleton once per function."""
-    sources = _Sources(root)
+    sources = Sources(root)
     found = dict.fromkeys(sources.messages())
     for script in sorted((root / "scripts").glob("*.sh")):
         for match in SHELL.finditer(script.read_text(encoding="utf-8")):
@@ -82,13 +82,13 @@ def page(root: Path) -> str:
     messages = collect(root)
     remedies = json.loads((root / REMEDIES).read_text(encoding="utf-8"))
     below: dict[Message, str] = {}
-    for beginning, remedy in remedies.items():
-        meant = [message for message in messages if message.text.startswith(beginning)]
+    for words, remedy in remedies.items():
+        meant = [message for message in messages if words in message.text]
         if len(meant) != 1:
-            raise ValueError(f"{REMEDIES}: {beginning!r} begins {len(meant)} messages; it must begin one.")
+            raise ValueError(f"{REMEDIES}: {words!r} is in {len(meant)} messages; it must be in one.")
         below[meant[0]] = remedy
     parts = [HEAD]
-    for area, pattern in AREAS:
+    for area, _ in AREAS:
         own = [message for message in messages if _area(message) == area]
         parts.append(f"## {area}\n")
         for file in dict.fromkeys(message.file for message in own):
@@ -108,7 +108,7 @@ def _entry(message: Message, remedy: str | None) -> str:
     return f"- {ticks}{inner}{ticks}" + (f"<br>{remedy}" if remedy else "")
 
 
-class _Sources:
+class Sources:
     """The parsed sources, with every function by its name and every module's constants."""
 
     def __init__(self, root: Path):
@@ -132,6 +132,16 @@ class _Sources:
                         if isinstance(target, ast.Name):
                             self.constants[file, target.id] = node.value
 
+    def unworded(self) -> list[str]:
+        """`file:line` of each error whose words could not be found, because they come from somewhere else."""
+        return [
+            f"{file}:{node.lineno} {ast.unparse(node)}"
+            for file, tree in self.trees.items()
+            for function, node in _calls(tree)
+            if _name(node.func) in self.classes
+            and not any(self.worded(argument, file, function, frozenset()) for argument in node.args)
+        ]
+
     def messages(self) -> Iterator[Message]:
         """What every call of an error's class is given, in the order of files and lines."""
         for file, tree in self.trees.items():
@@ -145,7 +155,7 @@ class _Sources:
                         found += self.worded(argument, file, function, frozenset())
             for where, function, text in found:
                 if len(re.findall(r"[A-Za-z]", text)) >= SHORTEST:
-                    yield Message(where, function, text)
+                    yield Message(where, function, text.strip())
 
     def worded(self, node, file, function, seen) -> list[tuple[str, str, str]]:
         """(file, function, skeleton) of every sentence that the expression `node` can be.
@@ -269,14 +279,23 @@ def _skeletons(node: ast.expr) -> list[str]:
         parts = [part.value if isinstance(part, ast.Constant) else GAP for part in node.values]
         return [_tidy("".join(parts))]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = _skeletons(node.left), _skeletons(node.right)
+        left, right = _either(node.left), _either(node.right)
         if left or right:
             return [_tidy(a + b) for a in left or [GAP] for b in right or [GAP]]
     return []
 
 
+def _either(node: ast.expr) -> list[str]:
+    """As `_skeletons`, and both texts of a condition inside a sum."""
+    return (
+        [text for part in (node.body, node.orelse) for text in _skeletons(part)]
+        if isinstance(node, ast.IfExp)
+        else _skeletons(node)
+    )
+
+
 def _tidy(text: str) -> str:
-    return re.sub(f"{GAP}(?:{GAP})+", GAP, " ".join(text.split()))
+    return re.sub(f"{GAP}(?:{GAP})+", GAP, re.sub(r"\s+", " ", text))
 
 
 def _name(node: ast.expr | None) -> str | None:
