@@ -74,6 +74,23 @@ def with_links(text: str, new: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
+def escaped(text: str) -> str:
+    """The text with `<` as `&lt;` where Markdown would read HTML: not in code, which it shows as it is."""
+    lines = text.split("\n")
+    before, in_block = "", False
+    for number, line in _prose(text):
+        # An indented block of code begins behind an empty line; what follows `Args:` is indented too, but text.
+        in_block = line.startswith("    ") and (in_block or not before.strip())
+        before = line
+        if not in_block:
+            kept, end = [], 0
+            for code in CODE.finditer(line):
+                kept += [line[end : code.start()].replace("<", "&lt;"), code[0]]
+                end = code.end()
+            lines[number - 1] = "".join([*kept, line[end:].replace("<", "&lt;")])
+    return "\n".join(lines)
+
+
 def problems(root: Path, pages: list[Path]) -> list[str]:
     """One sentence for each relative link of `pages` whose file or anchor does not exist below the folder `root`."""
     known: dict[Path, set[str]] = {}
