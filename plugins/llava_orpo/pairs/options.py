@@ -123,9 +123,10 @@ def check_mapping(recipe: Mapping[str, Any]) -> None:
         found.append("make_pairs: base_url would go on serving one model while the rounds train it; leave it out.")
     for key in given.keys() & OWN_KEYS.keys():
         schema = own_schema(OWN_KEYS[key])
-        found.append(keys.problem(key, keys.as_meant(given[key], schema), schema))
+        if sentence := keys.problem(key, keys.as_meant(given[key], schema), schema):
+            found.append(sentence)
     found += [f"{key} is missing." for key in ("dataset", "eval_dataset") if not recipe.get(key)]
-    if sentences := [sentence for sentence in found if sentence]:
-        raise UsageError(*sentences)
+    if found:
+        raise UsageError(*found)
     defaults = {key: None if isinstance(value, type) else value for key, value in OWN_KEYS.items()}
     check({**defaults, **given}, frozenset(given), recipe.get("adapter_name_or_path"))
