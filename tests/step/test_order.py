@@ -195,6 +195,8 @@ def test_padding_is_marked_and_survives_the_dataloaders_workers():
     order = order_of([""] * 5, 2, processes=2)
     assert list(order) == [0, 1, 2, 3, 4, 4, 4, 4] and len(order) == 8
     ranks = [[row for batch in loader for row in batch] for loader in loaders(rows, order, 2, 2, workers=1)]
+    drawn = [[(row.pop("place"), row.pop("epoch")) for row in rank] for rank in ranks]
+    assert drawn == [[(row["pair"], 1 + number) for row in rank] for number, rank in enumerate(ranks)]
     assert ranks == [
         [{"pair": 0}, {"pair": 1}, {"pair": 4}, {"pair": 4, "padding": True}],
         [{"pair": 2}, {"pair": 3}, {"pair": 4, "padding": True}, {"pair": 4, "padding": True}],
