@@ -83,6 +83,14 @@ def test_pages_of_the_site_link_to_each_other_alone(tmp_path):
     home = (tmp_path / "pages" / "index.md").read_text(encoding="utf-8")
     assert "](docs/" not in home and "](tutorial.md" not in home.partition("# ")[0] and "(images/demo.png)" in home
     assert (tmp_path / "pages" / "images" / "demo.png").is_file()
+    kept, times = tmp_path / "pages" / "faq.md", [path.stat().st_mtime_ns for path in written]
+    (tmp_path / "pages" / "gone.md").write_text("# Gone\n", encoding="utf-8")
+    assert staging.stage(ROOT, tmp_path / "pages") == written and not (tmp_path / "pages" / "gone.md").exists()
+    assert [path.stat().st_mtime_ns for path in written] == times
+    text = kept.read_text(encoding="utf-8")
+    kept.write_text("changed", encoding="utf-8")
+    staging.stage(ROOT, tmp_path / "pages")
+    assert kept.read_text(encoding="utf-8") == text
 
 
 def test_links_in_code_stay():

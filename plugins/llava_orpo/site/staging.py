@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,8 +25,25 @@ OWN_PAGE = ("", "The package itself: recipes, keys, errors and what is loaded fi
 
 
 def stage(root: Path, out: Path) -> list[Path]:
-    """Writes the pages of the checkout `root` into the folder `out`, replacing what it holds; returns their paths."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Writes the pages of the checkout `root` into the folder `out`, replacing what it holds; returns their paths.
+
+    A file that stays the same is not touched, so that a server that watches the folder sees only what changed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder).resolve()
+        _lay_out(root, new)
+        names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+        for name in names:
+            content, target = (new / name).read_bytes(), out / name
+            if not target.is_file() or target.read_bytes() != content:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+    for old in [path for path in out.rglob("*") if path.is_file() and path.relative_to(out) not in names]:
+        old.unlink()
+    return [out / name for name in names]
+
+
+def _lay_out(root: Path, out: Path) -> None:
     linked: set[Path] = set()
     for source in [root / "README.md", *sorted((root / "docs").rglob("*"))]:
         if source.is_dir():
@@ -44,7 +62,6 @@ def stage(root: Path, out: Path) -> list[Path]:
     for name, text in api_pages(root).items():
         (out / API).mkdir(parents=True, exist_ok=True)
         (out / API / name).write_text(text, encoding="utf-8")
-    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def place(source: Path, root: Path) -> Path:
