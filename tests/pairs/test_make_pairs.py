@@ -392,10 +392,10 @@ def test_an_image_that_does_not_decode_leaves_its_prompt_out(make, opened, monke
             raise images.ImageError("truncated")
         return load_image(reference)
 
-    monkeypatch.setattr(sampling, "load_image", unreadable)
+    monkeypatch.setattr(generation, "load_image", unreadable)
     code, summary = make()
     assert code == 0 and summary["left_out"]["bad image"] == 1
-    monkeypatch.setattr(sampling, "load_image", load_image)
+    monkeypatch.setattr(generation, "load_image", load_image)
     monkeypatch.setattr(self_reward, "load_image", unreadable)
     code, summary = make(out="later")
     assert code == 0 and summary["left_out"]["bad image"] == 1

@@ -94,6 +94,23 @@ def generate(session: Session, positions: Sequence[int], settings: Settings) -> 
     Uses plain transformers `generate` on left-padded batches. Sampling draws from one generator per prompt (see
     `SeededSampling`), so the batch a prompt is in does not change its draws.
     """
+    for rows, records, inputs in prompt_batches(session, positions):
+        if rows:
+            seeds = [prompt_seed(row, settings.seed) for row in rows]
+            processors = [SeededSampling(seeds, settings.temperature, settings.top_p)] if settings.temperature else []
+            texts = answer_batch(session, inputs, settings.max_new_tokens, processors)
+            records += [record_of(row, answer=text) for row, text in zip(rows, texts, strict=True)]
+        yield records
+
+
+def prompt_batches(
+    session: Session, positions: Sequence[int]
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, torch.Tensor]]]:
+    """(rows, records of those whose image can't be decoded, `batch_inputs` of the rows) of each batch, longest first.
+
+    The prompts are those of session.rows[positions]; a row also has its position and its unique_id. Without rows there
+    are no inputs.
+    """
     ids = scoring.unique_ids(session.rows)
     image_token = unwrap(session.model).config.image_token_id
     conversation, tokenizer = session.template.conversation, session.tokenizer
@@ -102,13 +119,13 @@ def generate(session: Session, positions: Sequence[int], settings: Settings) -> 
         """Runs in the dataloader's workers."""
         rows, pictures, bad = [], [], []
         for position in batch:
-            row = dict(session.rows[position], position=position)
+            row = dict(session.rows[position], position=position, unique_id=ids[position])
             # the prompt alone: where it makes one token with the start of an answer, a pair's prompt_ids end before it
             row["prompt_ids"] = conversation.encode_prompt(tokenizer, row["question"], row["image"] is not None)
             try:
                 picture = load_image(row["image"]) if row["image"] is not None else None
             except (images.ImageError, OSError) as err:
-                bad.append((row, str(err)))
+                bad.append(record_of(row, bad_image=str(err)))
                 continue
             rows.append(row)
             if picture is not None:
@@ -117,15 +134,7 @@ def generate(session: Session, positions: Sequence[int], settings: Settings) -> 
         return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
 
     order = sorted(positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"]))
-    loader = DataLoader(order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers)
-    for rows, bad, inputs in loader:
-        records = [_record(row, ids, bad_image=reason) for row, reason in bad]
-        if rows:
-            seeds = [prompt_seed(row, settings.seed) for row in rows]
-            processors = [SeededSampling(seeds, settings.temperature, settings.top_p)] if settings.temperature else []
-            texts = answer_batch(session, inputs, settings.max_new_tokens, processors)
-            records += [_record(row, ids, answer=text) for row, text in zip(rows, texts, strict=True)]
-        yield records
+    return iter(DataLoader(order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers))
 
 
 def batch_inputs(session: Session, sequences: Sequence[Sequence[int]], pictures: Sequence) -> dict[str, torch.Tensor]:
@@ -221,5 +230,6 @@ def describe(session: Session, position: int, record: dict[str, Any], folder: Pa
     }
 
 
-def _record(row: dict[str, Any], ids: list[str], **what: str) -> dict[str, Any]:
-    return {"position": row["position"], "dataset": row["dataset"], "pair_id": ids[row["position"]], **what}
+def record_of(row: dict[str, Any], **what: Any) -> dict[str, Any]:
+    """The record of a row with its position and its unique_id."""
+    return {"position": row["position"], "dataset": row["dataset"], "pair_id": row["unique_id"], **what}

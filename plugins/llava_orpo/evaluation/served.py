@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,26 @@ def answers(
     place = hashlib.sha256(f"{server.base_url} {name}".encode()).hexdigest()[:12]
     key = hashlib.sha256(parts.encode()).hexdigest()[:16]
     saved = Saved(folder / f".answers_{place}.jsonl", key, restart)
+    return collect(lambda: Asker(server, session, name, settings), saved, positions, name)
+
+
+def collect(
+    make: Callable[[], Asker], saved: Saved, positions: Sequence[int], title: str
+) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """({position: record}, {position: why the server gave none}); those in `saved` are not asked for again.
+
+    make: called where something is left to ask. title: of the progress bar. Raises UserError as `answers`.
+    """
     done = {record["position"]: record for record in saved.records}
     waiting = [position for position in positions if position not in done]
     failed: dict[int, str] = {}
     if waiting:
-        with saved.appending(len(positions), len(positions) - len(waiting), "prompt", name) as add:
+        asker = make()
+        with saved.appending(len(positions), len(positions) - len(waiting), "prompt", title) as add:
             try:
-                asyncio.run(_answer_all(Asker(server, session, name, settings), waiting, done, failed, add))
+                asyncio.run(_answer_all(asker, waiting, done, failed, add))
             except EndpointUnusable as error:
-                raise server.unusable(error, KEPT) from None
+                raise asker.server.unusable(error, KEPT) from None
     return {position: done[position] for position in positions if position in done}, failed
 
 
@@ -169,23 +180,29 @@ class Asker:
             url = await picture_of(row)
         except (images.ImageError, OSError) as error:
             return {**record, "bad_image": str(error)}
-        payload = {"model": self.name, "messages": messages(row["question"], url), **self.extra, **self.sampling(row)}
+        answer, about = await self.asked(row, url, prompt_seed(row, self.settings.seed))
+        return {**record, **about, "answer": answer["text"].strip()}
+
+    async def asked(self, row: dict[str, Any], url: str | None, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the client's answer to a row's prompt, "prompt_tokens" if the prompt had another number of tokens there).
+
+        url: of `picture_of`. Raises as `ChatClient.ask`.
+        """
+        payload = {"model": self.name, "messages": messages(row["question"], url), **self.extra, **self.sampling(seed)}
         payload.update(self.server.request)
         answer = await self.client.ask({field: value for field, value in payload.items() if value is not None})
         there, right = answer["usage"].get("prompt_tokens"), self.prompt_tokens(row)
-        if there and there != right:
-            record["prompt_tokens"] = [there, right]
-        return {**record, "answer": answer["text"].strip()}
+        return answer, {"prompt_tokens": [there, right]} if there and there != right else {}
 
-    def sampling(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Greedy, or sampled with the prompt's own seed, whose stream is the server's and not `SeededSampling`'s."""
+    def sampling(self, seed: int) -> dict[str, Any]:
+        """Greedy, or sampled with an answer's own seed, whose stream is the server's and not `SeededSampling`'s."""
         if not self.settings.temperature:
             return {"max_tokens": self.settings.max_new_tokens, "temperature": 0}
         return {
             "max_tokens": self.settings.max_new_tokens,
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
-            "seed": prompt_seed(row, self.settings.seed) & SEED_BITS,
+            "seed": seed & SEED_BITS,
         }
 
 

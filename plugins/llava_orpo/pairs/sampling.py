@@ -6,8 +6,6 @@ with the reason in place of answers. cut: whether an answer was stopped by max_n
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,30 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..data import images
-from ..data.conversation import full_prompt_ids
-from ..data.image_store import load_image
 from ..errors import UserError
 from ..evaluation import served
 from ..evaluation.generation import (
     Settings,
     answer_texts,
-    batch_inputs,
     end_tokens,
     generation_config,
+    prompt_batches,
     prompt_seed,
+    record_of,
 )
 from ..evaluation.resume import fingerprint
 from ..evaluation.sampling import SeededSampling
 from ..evaluation.saved import Saved
 from ..evaluation.session import Session
-from ..preference import scoring
-from ..serving.asking import ask_each
-from ..serving.chat import messages
-from ..serving.client import EndpointUnusable, RequestFailed, Server
-from ..step.attention import unwrap
+from ..serving.client import Server
 
 Record = dict[str, Any]
 
@@ -67,7 +59,8 @@ def sample(
     check(settings, answers)
     key = _key([fingerprint(session), dataclasses.asdict(settings), answers])
     saved = Saved(folder / ".sampled.jsonl", key, restart)
-    done, waiting = _done(saved, positions)
+    done = {record["position"]: record for record in saved.records}
+    waiting = [position for position in positions if position not in done]
     if waiting:
         with saved.appending(len(positions), len(positions) - len(waiting), "prompt", "sampling") as add:
             for batch in _sampled(session, waiting, settings, answers):
@@ -78,37 +71,13 @@ def sample(
 
 def _sampled(session: Session, positions: Sequence[int], settings: Settings, answers: int) -> Iterator[list[Record]]:
     """A list of records per batch, longest prompts first."""
-    ids = scoring.unique_ids(session.rows)
-    image_token = unwrap(session.model).config.image_token_id
-    conversation, tokenizer = session.template.conversation, session.tokenizer
-
-    def load(batch: list[int]):
-        """Runs in the dataloader's workers."""
-        rows, pictures, bad = [], [], []
-        for position in batch:
-            row = dict(session.rows[position], position=position)
-            row["prompt_ids"] = conversation.encode_prompt(tokenizer, row["question"], row["image"] is not None)
-            try:
-                picture = load_image(row["image"]) if row["image"] is not None else None
-            except (images.ImageError, OSError) as err:
-                bad.append((row, str(err)))
-                continue
-            rows.append(row)
-            if picture is not None:
-                pictures.append(picture)
-        sequences = [full_prompt_ids(row, image_token) for row in rows]
-        return rows, bad, batch_inputs(session, sequences, pictures) if rows else {}
-
-    order = sorted(positions, key=lambda p: -session.rows[p]["num_image_tokens"] - len(session.rows[p]["prompt_ids"]))
-    loader = DataLoader(order, batch_size=session.batch_size, collate_fn=load, num_workers=session.num_workers)
-    for rows, bad, inputs in loader:
-        records = [_record(row, ids, bad_image=reason) for row, reason in bad]
+    for rows, records, inputs in prompt_batches(session, positions):
         if rows:
             seeds = [seed for row in rows for seed in answer_seeds(row, settings.seed, answers)]
             texts, cut = sample_batch(session, inputs, settings, seeds)
             for number, row in enumerate(rows):
                 own = slice(number * answers, (number + 1) * answers)
-                records.append(_record(row, ids, answers=texts[own], cut=cut[own]))
+                records.append(record_of(row, answers=texts[own], cut=cut[own]))
         yield records
 
 
@@ -164,32 +133,13 @@ def sample_served(
     saved = Saved(
         folder / ".sampled_served.jsonl", _key([server.base_url, name, served.rows_digest(session.rows), used]), restart
     )
-    done, waiting = _done(saved, positions)
-    failed: dict[int, str] = {}
-    if waiting:
-        with saved.appending(len(positions), len(positions) - len(waiting), "prompt", f"sampling {name}") as add:
-            try:
-                asker = _Asker(server, session, name, settings)
-                asker.answers = answers
-                asyncio.run(_ask_all(asker, waiting, done, failed, add))
-            except EndpointUnusable as error:
-                raise server.unusable(error, served.KEPT) from None
-    return {position: done[position] for position in positions if position in done}, failed
 
+    def asker() -> _Asker:
+        made = _Asker(server, session, name, settings)
+        made.answers = answers
+        return made
 
-async def _ask_all(asker: _Asker, waiting: list[int], done: dict[int, Record], failed: dict[int, str], add) -> None:
-    await asker.settled(waiting)
-    try:
-        asking = ask_each(waiting, asker.record, asker.server.concurrency)
-        async with contextlib.aclosing(asking) as answered:
-            async for position, found in answered:
-                if isinstance(found, RequestFailed):
-                    failed[position] = str(found)
-                else:
-                    add([found])
-                    done[position] = found
-    finally:
-        await asker.client.close()
+    return served.collect(asker, saved, positions, f"sampling {name}")
 
 
 class _Asker(served.Asker):
@@ -199,32 +149,18 @@ class _Asker(served.Asker):
 
     async def record(self, position: int) -> Record:
         """The record of one prompt. Raises as `ChatClient.ask`."""
-        row = self.row(position)
+        row = {**self.row(position), "unique_id": self.ids[position]}
         try:
             url = await served.picture_of(row)
         except (images.ImageError, OSError) as error:
-            return _record(row, self.ids, bad_image=str(error))
-        texts, cut, record = [], [], {}
+            return record_of(row, bad_image=str(error))
+        texts, cut, found = [], [], {}
         for seed in answer_seeds(row, self.settings.seed, self.answers):
-            payload = {"model": self.name, "messages": messages(row["question"], url), **self.extra}
-            payload.update(self.sampling(row), seed=seed & served.SEED_BITS)
-            payload.update(self.server.request)
-            answer = await self.client.ask({field: value for field, value in payload.items() if value is not None})
-            there, right = answer["usage"].get("prompt_tokens"), self.prompt_tokens(row)
-            if there and there != right:
-                record["prompt_tokens"] = [there, right]
+            answer, about = await self.asked(row, url, seed)
+            found |= about
             texts.append(answer["text"].strip())
             cut.append(answer["usage"].get("completion_tokens", 0) >= self.settings.max_new_tokens)
-        return _record(row, self.ids, answers=texts, cut=cut, **record)
-
-
-def _record(row: dict[str, Any], ids: list[str], **what: Any) -> Record:
-    return {"position": row["position"], "dataset": row["dataset"], "pair_id": ids[row["position"]], **what}
-
-
-def _done(saved: Saved, positions: Sequence[int]) -> tuple[dict[int, Record], list[int]]:
-    done = {record["position"]: record for record in saved.records}
-    return done, [position for position in positions if position not in done]
+        return record_of(row, answers=texts, cut=cut, **found)
 
 
 def _key(parts: Any) -> str:
