@@ -7,8 +7,6 @@ CHAIR's own code, an object counts once per answer however often it is named.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,38 +17,27 @@ import numpy as np
 from ..errors import UserError
 from ..files import read_jsonl
 from ..preference.metrics import cluster_bootstrap, wilson_interval
+from .object_names import named, phrases_of, read_names, spelled
 
 if TYPE_CHECKING:
     from .generation import Settings
     from .session import Session
 
 FORM = 'a line is {"image_hash": "…", "objects": ["red circle", …]}'
-WITHOUT = r"(?:(?:no|not an?|without an?|neither an?|nor an?)\s+)?"  # what denies the name behind it
 
 
 class Vocabulary:
     """The names of objects that are looked for in a text.
 
-    names: {object: its other names}; an object's own name, and the plural in -s or -es of each, are known as well.
+    names: {object: its other names}; an object's own name, and the regular plural of each, are known as well.
     """
 
     def __init__(self, names: Mapping[str, Iterable[str]]):
-        self.object_of: dict[str, str] = {}
-        for name, others in names.items():
-            for word in (name, *others):
-                self.object_of.setdefault(_words(word), name)
-        longest_first = sorted(self.object_of, key=len, reverse=True)  # "hot dog" before "dog"
-        anyone = "|".join(r"\s+".join(map(re.escape, words.split())) for words in longest_first)
-        self.pattern = re.compile(rf"\b({WITHOUT})({anyone})(?:e?s)?\b", re.IGNORECASE)
+        self.object_of = phrases_of(names)
 
     def named(self, text: str) -> list[str]:
         """The objects a text names, each once, in the order of their first mention. "no dog" names none."""
-        found = (self.object_of[_words(name)] for denied, name in self.pattern.findall(text) if not denied)
-        return list(dict.fromkeys(found))
-
-
-def _words(name: str) -> str:
-    return " ".join(name.lower().split())
+        return named(text, self.object_of)
 
 
 def read_annotations(path: Path) -> dict[str, list[str]]:
@@ -66,7 +53,7 @@ def read_annotations(path: Path) -> dict[str, list[str]]:
         named = isinstance(objects, list) and all(isinstance(name, str) and name.strip() for name in objects)
         if not named or not isinstance(record.get("image_hash"), str):
             raise UserError(f"{where}: no annotation; {FORM}.")
-        found = list(dict.fromkeys(_words(name) for name in objects))
+        found = list(dict.fromkeys(spelled(name) for name in objects))
         if set(held.setdefault(record["image_hash"], found)) != set(found):
             raise UserError(f"{where}: image {record['image_hash']} has other objects on an earlier line; keep one.")
     if not held:
@@ -81,17 +68,7 @@ def read_vocabulary(path: Path | None, annotations: Mapping[str, Sequence[str]])
     """
     names: dict[str, list[str]] = {name: [] for objects in annotations.values() for name in objects}
     if path is not None:
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); vocabulary= takes {{object: [other names]}}.") from error
-        lists = isinstance(given, dict) and all(
-            isinstance(others, list) and all(isinstance(other, str) for other in others) for others in given.values()
-        )
-        if not lists:
-            raise UserError(f"{path}: no vocabulary; it is written {{object: [other names]}}.")
-        for name, others in given.items():
-            names[_words(name)] = others
+        names |= read_names(path)
     if not names:
         raise UserError("The annotations name no object, and no vocabulary= is given: there is nothing to look for.")
     return Vocabulary(names)

@@ -15,23 +15,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..evaluation.object_names import named, phrases_of, read_names
 from ..files import read_jsonl
 
 # The 80 categories and words that stand for each, plurals that are not regular among them: after the list of CHAIR,
 # written anew and shorter.
 COCO_VOCABULARY = Path(__file__).with_name("coco_vocabulary.json")
 REMEDY = "python scripts/make_pairs.py -h says what annotations= may hold."
-# A mention behind one of these says that the object is not there.
-NEGATIONS = ("no", "not", "without", "nor", "neither")
-BETWEEN = ("a", "an", "any", "the", "single", "visible", "other")
 COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")  # COCO_train2014_000000000009.jpg and 000000000009.jpg are one image
-_WORD = re.compile(r"[\w'-]+")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def read_annotations(file: Path, vocabulary: Path | None = None) -> Annotations:
             if is_coco
             else [(name, _objects(f"{file}: {name}", value)) for name, value in content.items()]
         )
-    phrases = _read_vocabulary(vocabulary or COCO_VOCABULARY) if vocabulary or is_coco else {}
+    phrases = phrases_of(read_names(vocabulary or COCO_VOCABULARY)) if vocabulary or is_coco else {}
     by_image: dict[str, frozenset[str]] = {}
     owners: dict[str, set[str]] = {}
     for name, objects in entries:
@@ -88,9 +85,8 @@ def read_annotations(file: Path, vocabulary: Path | None = None) -> Annotations:
             del by_image[spelling]
     if not by_image:
         raise UserError(f"{file}: annotates no image. {REMEDY}")
-    for one in sorted(frozenset().union(*by_image.values())):
-        for phrase in (one, plural(one)):
-            phrases.setdefault(phrase, one)
+    shown = sorted(frozenset().union(*by_image.values()))
+    phrases = {**phrases_of(dict.fromkeys(shown, ())), **phrases}
     return Annotations(by_image, phrases)
 
 
@@ -104,34 +100,7 @@ def score(answer: str, there: Iterable[str], phrases: Mapping[str, str]) -> tupl
 
 def mentioned(answer: str, phrases: Mapping[str, str]) -> frozenset[str]:
     """The objects that an answer names, but for those whose absence it states ("no dog", "not a dog")."""
-    words = _WORD.findall(answer.lower())
-    longest = max((phrase.count(" ") + 1 for phrase in phrases), default=0)
-    found, at = set(), 0
-    while at < len(words):
-        for length in range(min(longest, len(words) - at), 0, -1):  # the longest phrase: a hot dog is no dog
-            one = phrases.get(" ".join(words[at : at + length]))
-            if one is not None:
-                if not _denied(words[:at]):
-                    found.add(one)
-                at += length
-                break
-        else:
-            at += 1
-    return frozenset(found)
-
-
-def plural(phrase: str) -> str:
-    """The regular English plural of a phrase."""
-    if re.search(r"(s|x|z|ch|sh)$", phrase):
-        return phrase + "es"
-    return phrase[:-1] + "ies" if re.search(r"[^aeiou]y$", phrase) else phrase + "s"
-
-
-def _denied(before: Sequence[str]) -> bool:
-    before = list(before)
-    while before and before[-1] in BETWEEN:
-        before.pop()
-    return bool(before) and before[-1] in NEGATIONS
+    return frozenset(named(answer, phrases))
 
 
 def _names(image_hash: str, path: str | None) -> list[str]:
@@ -139,24 +108,6 @@ def _names(image_hash: str, path: str | None) -> list[str]:
     base = Path(path).name if path else ""
     number = COCO_NUMBER.search(base)
     return [name for name in (image_hash, path, base, number and number[1]) if name]
-
-
-def _read_vocabulary(file: Path) -> dict[str, str]:
-    """{phrase: object}, with the regular plural of each name."""
-    if not file.is_file():
-        raise UserError(f"vocabulary: there is no file {file}.")
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); vocabulary= takes {{object: [other names]}}.") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{file}: no vocabulary; it is written {{object: [other names]}}.")
-    phrases: dict[str, str] = {}
-    for name, others in given.items():
-        for word in (name, *_objects(f"{file}: {name}", others)):
-            for phrase in (word.lower(), plural(word.lower())):
-                phrases.setdefault(phrase, name.lower())
-    return phrases
 
 
 def _objects(where: str, value: Any) -> list[str]:
