@@ -73,15 +73,13 @@ def problems(recipe: Mapping[str, Any]) -> list[str]:
         found.append(f"{chosen} does not go with pref_bco_weight; leave one of them out.")
     if weight and name == "mdpo":
         found.append("image_preference does not go with preference_loss: mdpo, which has an image term of its own.")
-    if runs_damaged(recipe):
-        if recipe.get("shared_prefix") is False:
-            found.append(f"{only_here(recipe)} needs the shared-prefix step; set `shared_prefix: true`.")
-    else:
-        for key in ONLY_WITH_DAMAGE:
-            if recipe.get(key) is not None and "image_preference" not in recipe:
-                found.append(f"{key} has no effect without image_preference or preference_loss: mdpo; leave it out.")
-        if recipe.get("shared_prefix") is False and only_here(recipe):
-            found.append(f"{only_here(recipe)} needs the shared-prefix step; set `shared_prefix: true`.")
+    if not runs_damaged(recipe) and "image_preference" not in recipe:
+        unused = (key for key in ONLY_WITH_DAMAGE if recipe.get(key) is not None)
+        found += [
+            f"{key} has no effect without image_preference or preference_loss: mdpo; leave it out." for key in unused
+        ]
+    if recipe.get("shared_prefix") is False and (needing := only_here(recipe)):
+        found.append(f"{needing} needs the shared-prefix step; set `shared_prefix: true`.")
     if recipe.get("text_margin") is not None and name != "pea":
         found.append("text_margin is for preference_loss: pea; leave it out.")
     return found + _reference_problems(recipe)
